@@ -1,0 +1,60 @@
+// The extension module. Importing it registers the operators' C++ kernels.
+
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/registry.h"
+
+namespace fastnn {
+
+namespace {
+
+std::vector<std::pair<const char*, RegisterFunction>>& cpu_registry() {
+  static std::vector<std::pair<const char*, RegisterFunction>> registry;
+  return registry;
+}
+
+// The instruction set whose kernels run. ATEN_CPU_CAPABILITY lowers it, as it does torch's own.
+const char* cpu_capability() {
+  const std::string torch_uses = at::get_cpu_capability();
+  if (torch_uses == "AVX512") return "AVX512";
+  return torch_uses == "AVX2" ? "AVX2" : "none";
+}
+
+}  // namespace
+
+CpuKernels::CpuKernels(const char* capability, RegisterFunction function) {
+  cpu_registry().emplace_back(capability, function);
+}
+
+}  // namespace fastnn
+
+PYBIND11_MODULE(_C, m) {
+  // Here, not in a static initializer: by now every variant is in the registry.
+  static auto library = MAKE_TORCH_LIBRARY_IMPL(fastnn, CPU);
+  for (const auto& [capability, function] : fastnn::cpu_registry()) {
+    if (std::strcmp(capability, fastnn::cpu_capability()) == 0) function(library);
+  }
+  m.def("cpu_capability", &fastnn::cpu_capability, "Instruction set of the CPU kernels in use.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["torch"] = TORCH_VERSION;
+        info["compiler"] = __VERSION__;
+#ifdef FASTNN_CUDA
+        info["cuda"] = FASTNN_STRINGIFY(FASTNN_CUDA);
+#else
+        info["cuda"] = pybind11::none();
+#endif
+        return info;
+      },
+      "What the extension was built with.");
+}

@@ -1,0 +1,127 @@
+"""Which kernels serve a call: C++ (`native`), Triton, or plain PyTorch (`reference`).
+
+`auto` takes the first of native, triton, reference that serves the call. A backend chosen by name
+serves it or raises an error that lists, per backend, why not. `FASTNN_BACKEND` sets the default,
+`use_backend` overrides it for a block, and `FASTNN_DISABLE=1` sends everything to the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+
+from fastnn import _ops
+
+BACKENDS = ("auto", "native", "triton", "reference")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _default() -> str:
+    if os.environ.get("FASTNN_DISABLE") == "1":
+        return "reference"
+    return _checked(os.environ.get("FASTNN_BACKEND", "auto"), "FASTNN_BACKEND")
+
+
+_choice: contextvars.ContextVar[str] = contextvars.ContextVar("fastnn_backend", default=_default())
+
+
+def current_backend() -> str:
+    """The backend that calls use now: `auto`, `native`, `triton` or `reference`."""
+    return _choice.get()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one backend for the calls inside the block (their backward included).
+
+    Args:
+        name: `auto`, `native`, `triton` or `reference`.
+    Raises:
+        ValueError: for any other name.
+    """
+    token = _choice.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+@functools.cache
+def _native_has(family: str, device_type: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{op}", key)
+        for op in _ops.FAMILIES[family]
+    )
+
+
+def _native_refusal(family, device_type, dtype, features) -> str | None:
+    if _ops.NATIVE_MISSING is not None:
+        return _ops.NATIVE_MISSING
+    if not _native_has(family, device_type):
+        return f"no {device_type} kernel for {family} in this build"
+    if dtype not in _DTYPES and not (dtype == torch.float64 and device_type == "cpu"):
+        return f"{dtype} is not supported on {device_type}"
+    return None
+
+
+def _triton_refusal(family, device_type, dtype, features) -> str | None:
+    if _ops.TRITON_MISSING is not None:
+        return _ops.TRITON_MISSING
+    import tritonops
+
+    if device_type != "cuda" and not tritonops.INTERPRETED:
+        return f"Triton does not run on {device_type}"
+    if dtype not in _DTYPES:
+        return f"{dtype} is not supported by the Triton kernels"
+    return tritonops.refusal(family, features)
+
+
+_REFUSAL = {"native": _native_refusal, "triton": _triton_refusal}
+_HANDLES = {"native": _ops.NATIVE, "triton": _ops.TRITON}
+
+
+def refusal(backend: str, family: str, device_type: str, dtype: torch.dtype, **features):
+    """Why `backend` cannot serve such a call of `family`, or None when it can.
+
+    `features` names what the call uses beyond the plain case (see `tritonops.refusal`).
+    """
+    if backend == "reference":
+        return None
+    return _REFUSAL[backend](family, device_type, dtype, features)
+
+
+def resolve(family: str, tensor: torch.Tensor, **features) -> SimpleNamespace | None:
+    """The operator handles that serve a call of `family` on `tensor`; None is the reference."""
+    choice = _choice.get()
+    if choice == "reference":
+        return None
+    device_type, dtype = tensor.device.type, tensor.dtype
+    if choice != "auto":
+        if refusal(choice, family, device_type, dtype, **features) is None:
+            return _HANDLES[choice]
+        raise NotImplementedError(_explain(choice, family, device_type, dtype, features))
+    for name, handles in _HANDLES.items():
+        if _REFUSAL[name](family, device_type, dtype, features) is None:
+            return handles
+    return None
+
+
+def _explain(choice, family, device_type, dtype, features) -> str:
+    lines = [f"backend {choice!r} cannot serve {family} on {device_type} in {dtype}:"]
+    for name in _HANDLES:
+        reason = refusal(name, family, device_type, dtype, **features)
+        lines.append(f"  {name}: {reason or 'can serve it'}")
+    return "\n".join(lines)
