@@ -1,0 +1,271 @@
+// C = (C +) A B on one thread, with B packed into panels of 64 columns: the GEMM inside every CPU
+// kernel, called per tile so that the caller's epilogue finds the tile in cache.
+//   Tiles of float and double run on the micro-kernel below; tiles of bfloat16 on AMX through
+//   libtorch's brgemm where the CPU has it, else on AVX512-BF16 (dpbf16), else as float.
+//   Half is multiplied as float. Accumulation is float (double for double).
+//   A panel is K x 64, row by row; of bfloat16, pairs of rows are interleaved (VNNI), K padded to
+//   even with zeros. The last panel is padded with zero columns.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+#include <cpuinfo.h>
+
+#include <cstring>
+
+#include "vec.h"
+
+namespace fastnn {
+inline namespace CPU_CAPABILITY {
+
+inline constexpr int64_t kPanel = 64;
+// Depth of one pass over a panel: 512 x 64 floats, 128 KB, stay in L2 while A's rows go by.
+inline constexpr int64_t kDepth = 512;
+
+inline bool has_amx_bf16() {
+  static const bool has = at::native::cpublas::could_pack(at::kBFloat16);
+  return has;
+}
+
+inline bool has_avx512_bf16() {
+#if defined(CPU_CAPABILITY_AVX512)
+  static const bool has = cpuinfo_initialize() && cpuinfo_has_x86_avx512bf16();
+  return has;
+#else
+  return false;
+#endif
+}
+
+// Calls f with a value of the type in which tiles of T are multiplied on this machine.
+template <typename T, typename F>
+inline auto visit_tile_type(const F& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    return f(double{});
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+      if (has_amx_bf16() || has_avx512_bf16()) return f(at::BFloat16{});
+    }
+#endif
+    return f(float{});
+  }
+}
+
+template <typename C>
+inline int64_t pad_k(int64_t k) {
+  return std::is_same_v<C, at::BFloat16> ? (k + 1) / 2 * 2 : k;
+}
+
+inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+
+template <typename C>
+inline int64_t packed_size(int64_t k, int64_t n) {
+  return pad_k<C>(k) * panels(n) * kPanel;
+}
+
+// Packs the panel of columns [64 * panel, ...) of the k x n matrix b.
+template <typename T, typename C>
+inline void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n,
+                       int64_t panel, C* packed) {
+  constexpr int64_t kPair = std::is_same_v<C, at::BFloat16> ? 2 : 1;
+  C* out = packed + panel * kPanel * pad_k<C>(k);
+  const T* in = b + panel * kPanel * stride_n;
+  const int64_t cols = std::min(kPanel, n - panel * kPanel);
+  if (stride_k == 1 && stride_n != 1) {
+    // Columns of b are contiguous: read 16 deep pieces of them, so that lines are used whole.
+    constexpr int64_t kPiece = 16;
+    for (int64_t begin = 0; begin < k; begin += kPiece) {
+      const int64_t deep = std::min(kPiece, k - begin);
+      C* piece = out + begin * kPanel;
+      for (int64_t j = 0; j < cols; ++j) {
+        const T* column = in + j * stride_n + begin;
+        for (int64_t i = 0; i < deep; ++i) {
+          piece[(i / kPair) * kPanel * kPair + j * kPair + i % kPair] = static_cast<C>(column[i]);
+        }
+        if (deep % kPair) piece[(deep / kPair) * kPanel * kPair + j * kPair + 1] = C(0);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < pad_k<C>(k); ++i) {
+      C* line = out + (i / kPair) * kPanel * kPair + i % kPair;
+      const T* source = in + i * stride_k;
+      if (i < k) {
+        for (int64_t j = 0; j < cols; ++j) line[j * kPair] = static_cast<C>(source[j * stride_n]);
+      } else {
+        for (int64_t j = 0; j < cols; ++j) line[j * kPair] = C(0);
+      }
+    }
+  }
+  if (cols == kPanel) return;
+  for (int64_t i = 0; i < pad_k<C>(k); i += kPair) {
+    C* line = out + i * kPanel;
+    std::fill(line + cols * kPair, line + kPanel * kPair, C(0));
+  }
+}
+
+template <typename T, typename C>
+inline void pack_b(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n,
+                   C* packed) {
+  for (int64_t panel = 0; panel < panels(n); ++panel) {
+    pack_panel<T, C>(b, stride_k, stride_n, k, n, panel, packed);
+  }
+}
+
+// kRows x (kVecs vectors) of C in registers over the whole depth.
+template <typename C, int kRows, int kVecs>
+inline void micro_kernel(int64_t k, const C* __restrict a, int64_t lda, const C* __restrict b,
+                         C* __restrict c, int64_t ldc, int64_t n, bool accumulate) {
+  using Vec = Vectorized<C>;
+  constexpr int64_t kLane = Vec::size();
+  Vec sum[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) {
+      sum[i][j] = accumulate ? Vec::loadu(c + i * ldc + j * kLane,
+                                          std::clamp<int64_t>(n - j * kLane, 0, kLane))
+                             : Vec(C(0));
+    }
+  }
+  for (int64_t p = 0; p < k; ++p) {
+    Vec line[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) line[j] = Vec::loadu(b + p * kPanel + j * kLane);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec scalar(a[i * lda + p]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = at::vec::fmadd(scalar, line[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) {
+      const int64_t width = std::clamp<int64_t>(n - j * kLane, 0, kLane);
+      if (width > 0) sum[i][j].store(c + i * ldc + j * kLane, width);
+    }
+  }
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <int kRows>
+__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq"))) inline void
+micro_kernel_bf16(int64_t k, const at::BFloat16* __restrict a, int64_t lda,
+                  const at::BFloat16* __restrict b, float* __restrict c, int64_t ldc, int64_t n,
+                  bool accumulate) {
+  __m512 sum[kRows][4];
+  __mmask16 mask[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const int64_t width = n - j * 16;
+    mask[j] = width >= 16 ? 0xFFFF : width <= 0 ? 0 : static_cast<__mmask16>((1u << width) - 1);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      sum[i][j] =
+          accumulate ? _mm512_maskz_loadu_ps(mask[j], c + i * ldc + j * 16) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t p = 0; p < k; p += 2) {
+    __m512bh line[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) line[j] = (__m512bh)_mm512_loadu_si512(b + p * kPanel + j * 32);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      int pair;
+      std::memcpy(&pair, a + i * lda + p, sizeof(pair));
+      const __m512bh scalar = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], scalar, line[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) _mm512_mask_storeu_ps(c + i * ldc + j * 16, mask[j], sum[i][j]);
+  }
+}
+#endif
+
+// kRows rows of C against one panel, n <= 64 columns of it.
+template <typename C, int kRows>
+inline void panel_rows(int64_t k, const C* a, int64_t lda, const C* b, accumulate_t<C>* c,
+                       int64_t ldc, int64_t n, bool accumulate) {
+  if constexpr (std::is_same_v<C, at::BFloat16>) {
+#if defined(CPU_CAPABILITY_AVX512)
+    micro_kernel_bf16<kRows>(k, a, lda, b, c, ldc, n, accumulate);
+#endif
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    constexpr int kVecs = 4;  // 6 x 4 sums of 32 registers
+#else
+    constexpr int kVecs = 2;  // 6 x 2 sums of 16 registers
+#endif
+    constexpr int64_t kStep = kVecs * Vectorized<C>::size();
+    for (int64_t j = 0; j < n; j += kStep) {
+      micro_kernel<C, kRows, kVecs>(k, a, lda, b + j, c + j, ldc, n - j, accumulate);
+    }
+  }
+}
+
+// a: m x k with pad_k(k) readable columns whose padding is finite; packed_b: from pack_b.
+template <typename C>
+inline void tile_gemm(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* packed_b,
+                      accumulate_t<C>* c, int64_t ldc, bool accumulate) {
+  constexpr int kRows = 6;
+  const int64_t depth = pad_k<C>(k);
+  if (depth == 0) {
+    if (accumulate) return;
+    for (int64_t i = 0; i < m; ++i) std::fill_n(c + i * ldc, n, accumulate_t<C>(0));
+    return;
+  }
+  for (int64_t begin = 0; begin < depth; begin += kDepth) {
+    const int64_t deep = std::min(kDepth, depth - begin);
+    const bool add = accumulate || begin > 0;
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const int64_t cols = std::min(kPanel, n - j);
+      const C* b = packed_b + j * depth + begin * kPanel;
+      const C* rows = a + begin;
+      accumulate_t<C>* out = c + j;
+      if constexpr (std::is_same_v<C, at::BFloat16>) {
+        if (has_amx_bf16()) {
+          at::native::cpublas::brgemm(m, cols, deep, lda, kPanel, ldc, add, rows, b, out, true);
+          continue;
+        }
+      }
+      int64_t i = 0;
+      for (; i + kRows <= m; i += kRows) {
+        panel_rows<C, kRows>(deep, rows + i * lda, lda, b, out + i * ldc, ldc, cols, add);
+      }
+      rows += i * lda;
+      out += i * ldc;
+      switch (m - i) {
+        case 5:
+          panel_rows<C, 5>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+        case 4:
+          panel_rows<C, 4>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+        case 3:
+          panel_rows<C, 3>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+        case 2:
+          panel_rows<C, 2>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+        case 1:
+          panel_rows<C, 1>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+      }
+    }
+  }
+}
+
+// Frees the AMX state that brgemm holds; call at the end of a thread's work.
+inline void release_tiles() {
+  if (has_amx_bf16()) at::native::cpublas::brgemm_release();
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastnn

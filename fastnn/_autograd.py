@@ -1,0 +1,38 @@
+"""How a public function enters its autograd.Function."""
+
+from __future__ import annotations
+
+import torch
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """`function.apply(*args)`, without torch's binding of the arguments where nothing needs it.
+
+    A Function with `setup_context` (what torch.func asks for) pays about 20 us in `apply` for
+    inspecting its signature, more than a small layer's kernel; positional arguments need none.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def wants_composite() -> bool:
+    """Whether a backward is itself differentiated (create_graph=True) and must be a composite."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def composite_gradients(function, tensors, grad_outputs):
+    """Differentiable gradients of `function(*tensors)`, None for tensors that need none."""
+    with torch.enable_grad():
+        outputs = function(*tensors)
+        if isinstance(outputs, torch.Tensor):
+            outputs = (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        gradients = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True,
+                allow_unused=True,
+            )
+        )  # fmt: skip
+    return tuple(next(gradients) if t is not None and t.requires_grad else None for t in tensors)
