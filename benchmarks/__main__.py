@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=sorted(common.FAMILIES))
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose label has it")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(common.default_device()))
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--no-memory", action="store_true", help="skip the memory runs")

@@ -126,7 +126,7 @@ def _linear_act_with(function, case, **extra):
     return lambda x, w, b: function(x, w, b, activation)
 
 
-def _functional():
+def functional():
     import fastnn.functional
 
     return fastnn.functional
@@ -156,7 +156,7 @@ FAMILIES = {
     "linear_act": Family(
         inputs=_linear_act_inputs,
         eager=_linear_act_eager,
-        ours=lambda case: _linear_act_with(_functional().linear_act, case),
+        ours=lambda case: _linear_act_with(functional().linear_act, case),
         oracle=lambda case, keep: _linear_act_with(
             reference.linear_act, case, **({} if keep is None else {"keep": keep})
         ),
@@ -165,7 +165,7 @@ FAMILIES = {
     "dropout": Family(
         inputs=lambda case, normal, labels: {"input": normal(case.sizes["R"], case.sizes["C"])},
         eager=lambda case: _dropout_with(F.dropout, case),
-        ours=lambda case: _dropout_with(_functional().dropout, case),
+        ours=lambda case: _dropout_with(functional().dropout, case),
         oracle=lambda case, keep: lambda x: x * keep,
         dropout_shape=lambda case: (case.sizes["R"], case.sizes["C"]),
     ),
@@ -175,7 +175,7 @@ FAMILIES = {
             "target": labels(case.sizes["V"], case.sizes["N"]),
         },
         eager=lambda case: F.cross_entropy,
-        ours=lambda case: _functional().cross_entropy,
+        ours=lambda case: functional().cross_entropy,
         oracle=lambda case, keep: reference.cross_entropy,
     ),
     "linear_cross_entropy": Family(
@@ -185,14 +185,14 @@ FAMILIES = {
             "target": labels(case.sizes["V"], case.sizes["N"]),
         },
         eager=lambda case: lambda x, w, target: F.cross_entropy(F.linear(x, w), target),
-        ours=lambda case: _functional().linear_cross_entropy,
+        ours=lambda case: functional().linear_cross_entropy,
         oracle=lambda case, keep: reference.linear_cross_entropy,
         chunked=_torch_chunked,
     ),
     "attention": Family(
         inputs=_attention_inputs,
         eager=lambda case: _attention_with(F.scaled_dot_product_attention, case),
-        ours=lambda case: _attention_with(_functional().scaled_dot_product_attention, case),
+        ours=lambda case: _attention_with(functional().scaled_dot_product_attention, case),
         oracle=lambda case, keep: _attention_with(
             reference.scaled_dot_product_attention, case, keep=keep
         ),
@@ -386,6 +386,22 @@ def serving(case: Case, device: torch.device, compiled: bool) -> list[Provider]:
     ]
 
 
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parameters(*families: str) -> list:
+    """(case, provider) of the quick table, for pytest.mark.parametrize."""
+    import pytest
+
+    return [
+        pytest.param(case, provider, id=f"{case.label} {provider.name}")
+        for family in families
+        for case in select(True, family)
+        for provider in serving(case, default_device(), compiled=False)
+    ]
+
+
 # --- one case prepared for one provider
 
 
@@ -433,64 +449,6 @@ def prepare(case: Case, provider: Provider, tensors: dict) -> Callable[[], tuple
     """The step that is timed; call it under `provider.context()`."""
     with provider.context():
         return make_step(case, provider.build(case), tensors)
-
-
-# --- accuracy: the largest deviation from fp64, relative to the largest value of the fp64 result
-
-
-def _keep_mask(case: Case, provider: Provider, device: torch.device) -> torch.Tensor | None:
-    """The mask the provider's next call draws after manual_seed(SEED), scaled by 1/(1-p)."""
-    shape = FAMILIES[case.family].dropout_shape(case)
-    p = case.options["dropout_p"]
-    torch.manual_seed(SEED)
-    if provider.backend is not None:
-        with provider.context():
-            return _functional().dropout(torch.ones(shape, device=device), p).double()
-    return F.dropout(torch.ones(shape, device=device, dtype=torch.float64), p)
-
-
-class Oracle:
-    """The fp64 result of a case; without dropout it is computed once for all providers."""
-
-    def __init__(self, case: Case, tensors: dict):
-        self.case, self.tensors = case, tensors
-        self.device = next(iter(tensors.values())).device
-        self._result = None
-
-    def _compute(self, keep):
-        tensors = {
-            name: t.detach().double().requires_grad_(t.requires_grad)
-            if t.is_floating_point()
-            else t
-            for name, t in self.tensors.items()
-        }
-        return make_step(self.case, FAMILIES[self.case.family].oracle(self.case, keep), tensors)()
-
-    def errors(self, provider: Provider, step: Callable) -> dict[str, float] | None:
-        """Relative error of the output and of each gradient; None where a provider's dropout mask
-        cannot be replayed (compiled code and CUDA's eager dropout have generators of their own)."""
-        if not self.case.options.get("dropout_p"):
-            if self._result is None:
-                self._result = self._compute(None)
-            exact = self._result
-        elif provider.compiled or (provider.backend is None and self.device.type == "cuda"):
-            return None
-        else:
-            exact = self._compute(_keep_mask(self.case, provider, self.device))
-        torch.manual_seed(SEED)
-        with provider.context():
-            got = step()
-        names = ["out"]
-        names += [f"grad_{name}" for name, t in self.tensors.items() if t.requires_grad]
-        return {
-            name: relative_error(ours, true)
-            for name, ours, true in zip(names, got, exact, strict=True)
-        }
-
-
-def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    worst = (got.double() - exact).abs().max()
-    return (worst / exact.abs().max().clamp_min(1e-300)).item()
 
 
 # --- time

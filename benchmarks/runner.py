@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import common, machine, memory
+from benchmarks import accuracy, common, machine, memory
 
 SCHEMA = 1
 
@@ -49,7 +49,7 @@ def run_case(
 ) -> dict:
     """One row: the case, its floor, and per provider time, ratio, rate, memory and error."""
     tensors = common.make_inputs(case, device)
-    oracle = common.Oracle(case, tensors)
+    oracle = accuracy.Oracle(case, tensors)
     steps, rows = {}, {}
     for provider in providers:
         row = rows[provider.name] = {"label": provider.label}
