@@ -59,13 +59,13 @@ struct Probabilities {
   accumulate_t<T>* wide = nullptr;
 
   AccVec<T> get(int64_t c, int64_t n) const {
-    return wide ? load(wide + c, n) : load(narrow + c, n);
+    return wide ? load_vec(wide + c, n) : load_vec(narrow + c, n);
   }
   void set(int64_t c, const AccVec<T>& v, int64_t n) const {
     if (wide) {
-      store(wide + c, v, n);
+      store_vec(wide + c, v, n);
     } else {
-      store(narrow + c, v, n);
+      store_vec(narrow + c, v, n);
     }
   }
   explicit operator bool() const { return narrow || wide; }
@@ -167,9 +167,9 @@ inline const A* staged(const T* z, int64_t n, A softcap, A* buffer) {
   constexpr int64_t kLane = kLanes<T>;
   for (int64_t c = 0; c < n; c += kLane) {
     const int64_t width = std::min(kLane, n - c);
-    AccVec<T> v = load(z + c, width);
+    AccVec<T> v = load_vec(z + c, width);
     if (softcap != A(0)) v = (v / AccVec<T>(softcap)).tanh() * AccVec<T>(softcap);
-    store(buffer + c, v, width);
+    store_vec(buffer + c, v, width);
   }
   return buffer;
 }
@@ -185,7 +185,7 @@ inline AccVec<T> soft_target(const LossOptions<A>& options, const Probabilities<
                              int64_t c, int64_t n) {
   AccVec<T> q = at::vec::fmadd(target.get(c, n), AccVec<T>(A(1) - options.smoothing),
                                AccVec<T>(options.share));
-  return options.weight ? q * load(options.weight + c, n) : q;
+  return options.weight ? q * load_vec(options.weight + c, n) : q;
 }
 
 // Statistics of the n <= kBlock classes from `begin`, whose logits start at z.
@@ -201,11 +201,11 @@ inline RowStats<A> block_stats(const LossOptions<A>& options, const T* z, int64_
   Vec top[4] = {Vec(stats.max), Vec(stats.max), Vec(stats.max), Vec(stats.max)};
   int64_t c = 0;
   for (; c + 4 * kLane <= n; c += 4 * kLane) {
-    for (int i = 0; i < 4; ++i) top[i] = at::vec::clamp_min(top[i], load(row + c + i * kLane));
+    for (int i = 0; i < 4; ++i) top[i] = at::vec::clamp_min(top[i], load_vec(row + c + i * kLane));
   }
   for (; c < n; c += kLane) {
     const int64_t width = std::min(kLane, n - c);
-    top[0] = at::vec::clamp_min(top[0], Vec::set(Vec(stats.max), load(row + c, width), width));
+    top[0] = at::vec::clamp_min(top[0], Vec::set(Vec(stats.max), load_vec(row + c, width), width));
   }
   stats.max = max_lanes(at::vec::clamp_min(at::vec::clamp_min(top[0], top[1]),
                                            at::vec::clamp_min(top[2], top[3])));
@@ -214,12 +214,12 @@ inline RowStats<A> block_stats(const LossOptions<A>& options, const T* z, int64_
   Vec sum(A(0)), dot(A(0)), mass(A(0));
   const auto accumulate = [&](int64_t at, int64_t width) {
     const bool partial = width < kLane;
-    const Vec v = load(row + at, width) - reference;
+    const Vec v = load_vec(row + at, width) - reference;
     const Vec e = exp_of<A>(v);
     sum = sum + (partial ? Vec::set(Vec(A(0)), e, width) : e);
     if constexpr (kind != Target::kIndex) {
       Vec u(A(1));
-      if constexpr (kind == Target::kWeightedSmooth) u = load(options.weight + begin + at, width);
+      if constexpr (kind == Target::kWeightedSmooth) u = load_vec(options.weight + begin + at, width);
       if constexpr (kind == Target::kSoft) u = soft_target(options, target, begin + at, width);
       const Vec uv = kind == Target::kSmooth ? v : u * v;
       dot = dot + (partial ? Vec::set(Vec(A(0)), uv, width) : uv);
@@ -315,7 +315,7 @@ inline void block_gradient_of(const LossOptions<A>& options, const RowGradient<A
   const Vec share(row.g * options.share), cap(options.softcap);
   const A kept = A(1) - options.smoothing;
   const auto write = [&](int64_t at, int64_t width) {
-    Vec v = load(z + at, width), slope(A(1));
+    Vec v = load_vec(z + at, width), slope(A(1));
     if constexpr (kCapped) {
       const Vec t = (v / cap).tanh();
       slope = one - t * t;
@@ -325,18 +325,18 @@ inline void block_gradient_of(const LossOptions<A>& options, const RowGradient<A
     Vec grad = exp_of<A>(v) * scale;
     if constexpr (kind == Target::kSmooth) grad = grad - share;
     if constexpr (kind == Target::kWeightedSmooth) {
-      grad = grad - share * load(options.weight + begin + at, width);
+      grad = grad - share * load_vec(options.weight + begin + at, width);
     }
     if constexpr (kind == Target::kSoft) {
       grad = grad - g * soft_target(options, target, begin + at, width);
       if (grad_target) {
         Vec to_target = (Vec(row.log_sum) - v) * Vec(row.g * kept);
-        if (options.weight) to_target = to_target * load(options.weight + begin + at, width);
+        if (options.weight) to_target = to_target * load_vec(options.weight + begin + at, width);
         grad_target.set(begin + at, to_target, width);
       }
     }
     if constexpr (kCapped) grad = grad * slope;
-    store(out + at, grad, width);
+    store_vec(out + at, grad, width);
   };
   int64_t c = 0;
   for (; c + kLane <= n; c += kLane) write(c, kLane);
