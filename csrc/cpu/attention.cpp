@@ -9,8 +9,6 @@
 //   Numerics: scores, m, l and O in float (double for double); P is rounded to the type of the GEMM.
 #include "attention.h"
 
-#include <ATen/Dispatch.h>
-
 #include "registry.h"
 
 namespace fastnn {
@@ -75,7 +73,7 @@ A softmax_step(A* s, int64_t width, A factor, A& m, A& l, const A* keep, C* prob
     Vec value = exp_below(at::vec::fmadd(Vec::loadu(s + c), scale, shift));
     sum = sum + value;
     if (keep) value = value * Vec::loadu(keep + c);
-    store<C>(probs + c, value);
+    store_vec<C>(probs + c, value);
   }
   const A alpha = std::exp(m - base);
   l = l * alpha + at::vec::vec_reduce_all<A>([](Vec x, Vec y) { return x + y; }, sum);
@@ -93,12 +91,12 @@ struct Output {
   // Row (b, h, q) from its unnormalized sum o; a row that saw no key is 0, with lse -inf.
   void write(int64_t b, int64_t h, int64_t q, const A* o, A m, A l) const {
     using Vec = Vectorized<A>;
-    const int64_t row = p.dropout_row_index(b, h, q);
+    const int64_t row = p.row_index(b, h, q);
     const bool empty = l == A(0) || m == -kInfinity<A>;
     const bool nan = l != l;
     const Vec inverse(empty && !nan ? A(0) : A(1) / l);
     for (int64_t d = 0; d < p.value_dim; d += Vec::size()) {
-      store<T>(out + row * p.value_dim + d, Vec::loadu(o + d) * inverse, p.value_dim - d);
+      store_vec<T>(out + row * p.value_dim + d, Vec::loadu(o + d) * inverse, p.value_dim - d);
     }
     lse[row] = nan ? l : empty ? -kInfinity<A> : m + std::log(l);
   }
@@ -132,7 +130,7 @@ class Forward {
       finish_scores<T>(p_, tile, s_.get(), ld, bias_.get(), nullptr);
       for (int64_t r = 0; r < rows; ++r) {
         if (p_.dropout) {
-          dropout_row(p_.philox, p_.rate, p_.dropout_row_index(b, h, tile.q0 + r), p_.keys, tile.k0,
+          dropout_row(p_.philox, p_.rate, p_.row_index(b, h, tile.q0 + r), p_.keys, tile.k0,
                       round_up(tile.cols, kRowPad), keep_.get());
         }
         const A alpha = softmax_step<A, C>(s_.get() + r * ld, round_up(tile.cols, kRowPad),
@@ -209,7 +207,7 @@ class FewRows {
         finish_scores<T>(p_, tile, s_.get() + first * ld, ld, bias_.get(), nullptr);
         for (int64_t q = 0; q < p_.queries; ++q) {
           if (p_.dropout) {
-            dropout_row(p_.philox, p_.rate, p_.dropout_row_index(b, h, q), p_.keys, k0,
+            dropout_row(p_.philox, p_.rate, p_.row_index(b, h, q), p_.keys, k0,
                         round_up(cols, kRowPad), keep_.get());
           }
           const int64_t r = first + q;
@@ -239,12 +237,12 @@ class FewRows {
         int64_t d = 0;
         for (; d + kLane <= p_.dim; d += kLane) {
           const Vec x = Vec::loadu(q + d);
-          for (int i = 0; i < kKeys; ++i) sum[i] = at::vec::fmadd(x, fastnn::load(key[i] + d), sum[i]);
+          for (int i = 0; i < kKeys; ++i) sum[i] = at::vec::fmadd(x, load_vec(key[i] + d), sum[i]);
         }
         if (d < p_.dim) {
           const Vec x = Vec::loadu(q + d);
           for (int i = 0; i < kKeys; ++i) {
-            sum[i] = at::vec::fmadd(x, fastnn::load(key[i] + d, p_.dim - d), sum[i]);
+            sum[i] = at::vec::fmadd(x, load_vec(key[i] + d, p_.dim - d), sum[i]);
           }
         }
         for (int i = 0; i < kKeys && c0 + i < cols; ++i) {
@@ -262,7 +260,7 @@ class FewRows {
       const int64_t width = std::min(p_.value_dim - d0, kVecs * kLane);
       const int64_t vecs = width / kLane, rest = width % kLane;
       Vec sum[kVecs + 1];
-      for (int64_t i = 0; i < blocks(width, kLane); ++i) {
+      for (int64_t i = 0; i < ceil_div(width, kLane); ++i) {
         sum[i] = Vec::loadu(o + d0 + i * kLane) * Vec(alpha);
       }
       for (int64_t c = 0; c < cols; ++c) {
@@ -272,16 +270,16 @@ class FewRows {
         if (vecs == kVecs) {
 #pragma GCC unroll 8
           for (int i = 0; i < kVecs; ++i) {
-            sum[i] = at::vec::fmadd(weight, fastnn::load(row + i * kLane), sum[i]);
+            sum[i] = at::vec::fmadd(weight, load_vec(row + i * kLane), sum[i]);
           }
           continue;
         }
         for (int64_t i = 0; i < vecs; ++i) {
-          sum[i] = at::vec::fmadd(weight, fastnn::load(row + i * kLane), sum[i]);
+          sum[i] = at::vec::fmadd(weight, load_vec(row + i * kLane), sum[i]);
         }
-        if (rest) sum[vecs] = at::vec::fmadd(weight, fastnn::load(row + vecs * kLane, rest), sum[vecs]);
+        if (rest) sum[vecs] = at::vec::fmadd(weight, load_vec(row + vecs * kLane, rest), sum[vecs]);
       }
-      for (int64_t i = 0; i < blocks(width, kLane); ++i) sum[i].store(o + d0 + i * kLane);
+      for (int64_t i = 0; i < ceil_div(width, kLane); ++i) sum[i].store(o + d0 + i * kLane);
     }
   }
 
@@ -353,10 +351,11 @@ std::tuple<at::Tensor, at::Tensor> attention_forward_cpu(
   at::Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)},
                              query.options().dtype(type));
   if (lse.numel() == 0) return {out, lse};
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "attention_forward", [&] {
-    const Problem<scalar_t> problem(query, key, value, options);
-    forward<scalar_t>(problem, {problem, out.mutable_data_ptr<scalar_t>(),
-                                lse.mutable_data_ptr<accumulate_t<scalar_t>>()});
+  visit_float(query.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const Problem<T> problem(query, key, value, options);
+    forward<T>(problem, {problem, out.mutable_data_ptr<T>(),
+                         lse.mutable_data_ptr<accumulate_t<T>>()});
   });
   return {out, lse};
 }

@@ -5,7 +5,6 @@
 //   that no thread count changes a sum.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,9 +16,8 @@
 #include <optional>
 
 #include "../check.h"
+#include "common.h"
 #include "dropout.h"
-#include "gemm.h"
-#include "vec.h"
 
 namespace fastnn {
 inline namespace CPU_CAPABILITY {
@@ -27,10 +25,9 @@ namespace attention {
 
 inline constexpr int64_t kQueryBlock = 96;  // a multiple of the micro-kernel's 6 rows
 inline constexpr int64_t kKeyBlock = 256;
-inline constexpr int64_t kRowPad = 32;  // columns of a tile are padded to whole vectors
+inline constexpr int64_t kRowPad = kPanel;  // columns of a tile are padded to whole panels
 
-inline int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
-inline int64_t round_up(int64_t n, int64_t to) { return blocks(n, to) * to; }
+inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 template <typename A>
 inline constexpr A kInfinity = std::numeric_limits<A>::infinity();
@@ -135,9 +132,9 @@ struct Problem {
   Problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options& o)
       : batch(q.size(0)), heads(q.size(1)), kv_heads(k.size(1)),
         group(kv_heads ? heads / kv_heads : 0), queries(q.size(2)), keys(k.size(2)),
-        dim(q.size(3)), value_dim(v.size(3)), query_blocks(blocks(queries, kQueryBlock)),
+        dim(q.size(3)), value_dim(v.size(3)), query_blocks(ceil_div(queries, kQueryBlock)),
         key_block(std::clamp(round_up(keys, kPanel), kPanel, kKeyBlock)),
-        key_blocks(blocks(keys, key_block)), query(view<T>(q)), key(view<T>(k)), value(view<T>(v)),
+        key_blocks(ceil_div(keys, key_block)), query(view<T>(q)), key(view<T>(k)), value(view<T>(v)),
         mask(make_mask(o.mask)),
         slopes_tensor(per_head(o.slopes, q, c10::CppTypeToScalarType<A>::value)),
         sinks_tensor(per_head(o.sinks, q, c10::CppTypeToScalarType<A>::value)),
@@ -157,9 +154,9 @@ struct Problem {
   // The key blocks [first, last) that some row of query block i may see.
   int64_t first_block(int64_t i) const { return band.begin(i * kQueryBlock) / key_block; }
   int64_t last_block(int64_t i) const {
-    return blocks(band.end(i * kQueryBlock + rows_of(i) - 1), key_block);
+    return ceil_div(band.end(i * kQueryBlock + rows_of(i) - 1), key_block);
   }
-  int64_t dropout_row_index(int64_t b, int64_t h, int64_t q) const {
+  int64_t row_index(int64_t b, int64_t h, int64_t q) const {
     return (b * heads + h) * queries + q;
   }
 };
@@ -225,7 +222,7 @@ inline void load_rows(const T* src, int64_t stride_row, int64_t stride_col, int6
     } else {
       int64_t c = 0;
       if (stride_col == 1) {
-        for (; c + kLane <= cols; c += kLane) store<C>(out + c, fastnn::load(in + c));
+        for (; c + kLane <= cols; c += kLane) store_vec<C>(out + c, load_vec(in + c));
       }
       for (; c < cols; ++c) out[c] = static_cast<C>(in[c * stride_col]);
     }
@@ -305,7 +302,7 @@ inline void load_mask_row(const Mask& mask, const char* src, int64_t n, A* bias)
 }
 
 // Turns the products q k^T of a tile into scores (to be multiplied by factor()), hidden positions
-// and the padding to whole vectors being -inf. `bias` holds one row. `capped` (or null) gets the
+// and the padding to whole panels being -inf. `bias` holds one row. `capped` (or null) gets the
 // soft-capped products, of which the backward takes the derivative.
 template <typename T>
 inline void finish_scores(const Problem<T>& p, const Tile& t, accumulate_t<T>* s, int64_t ld,
@@ -393,7 +390,7 @@ inline int64_t grain(double work) {
 // where splitting costs `overhead` times the work.
 inline bool whole_heads(int64_t heads, double overhead) {
   const int64_t threads = at::get_num_threads();
-  return static_cast<double>(blocks(heads, threads) * threads) <= heads * overhead;
+  return static_cast<double>(ceil_div(heads, threads) * threads) <= heads * overhead;
 }
 
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key,
