@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import common
+from fastnn import backend
+from fastnn.linear_act import dropout_seed, keep_mask
 
 
 def _keep_mask(case: common.Case, provider: common.Provider, device: torch.device) -> torch.Tensor:
@@ -19,10 +21,15 @@ def _keep_mask(case: common.Case, provider: common.Provider, device: torch.devic
     shape = common.FAMILIES[case.family].dropout_shape(case)
     p = case.options["dropout_p"]
     torch.manual_seed(common.SEED)
-    if provider.backend is not None:
+    if provider.backend is None:
+        return F.dropout(torch.ones(shape, device=device, dtype=torch.float64), p)
+    ones = torch.ones(shape, device=device)
+    if case.family == "dropout":
         with provider.context():
-            return common.functional().dropout(torch.ones(shape, device=device), p).double()
-    return F.dropout(torch.ones(shape, device=device, dtype=torch.float64), p)
+            return common.functional().dropout(ones, p).double()
+    # The mask is a function of the seed alone, whichever backend draws it.
+    ops = backend.resolve("dropout", ones)
+    return keep_mask(ops, shape, p, dropout_seed(device), ones).double()
 
 
 class Oracle:
