@@ -353,7 +353,13 @@ class Provider:
 
 def _features(case: Case) -> dict:
     """What a case uses beyond the plain call, in the words `backend.resolve` is asked in."""
-    return {"dropout_p": case.options["dropout_p"]} if case.options.get("dropout_p") else {}
+    if case.family == "linear_act":
+        return {"activation": case.options["activation"]}
+    if case.family == "attention":
+        width = case.sizes["D"]
+        dropout = case.options.get("dropout_p", 0.0) > 0
+        return {"head_dim": width, "value_dim": width, "dropout": dropout}
+    return {}
 
 
 def _compiled(case: Case) -> Callable:

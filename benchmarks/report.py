@@ -9,6 +9,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -51,6 +52,12 @@ def _svg(figure: Figure) -> Markup:
 
 def _png(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def rate(entry: dict) -> str:
+    if entry["rate_unit"] == "TFLOP/s" and entry["rate"] < 0.1:
+        return f"{1e3 * entry['rate']:.3g} GFLOP/s"
+    return f"{entry['rate']:.3g} {entry['rate_unit']}"
 
 
 def _ours(row: dict) -> dict | None:
@@ -105,15 +112,15 @@ def plot_roofline(rows: list[dict], roofs: dict) -> Markup:
         if ridge < high:
             axis.plot([max(low, ridge), high], [peak / 1e12] * 2, color=colour, lw=1.5)
             axis.text(
-                high, peak / 1e12 * 1.08, f"GEMM {dtype}, {peak / 1e12:.2f} TFLOP/s", color=colour,
-                ha="right", va="bottom", fontsize=9,
+                max(low, ridge) * 1.15, peak / 1e12 * 1.08,
+                f"GEMM {dtype}, {peak / 1e12:.2f} TFLOP/s", color=colour, va="bottom", fontsize=9,
             )  # fmt: skip
     end = min(high, max(roofs["gemm_flops_per_s"].values()) / copy)
     if end > low:
         axis.plot([low, end], [low * copy / 1e12, end * copy / 1e12], color=INK, lw=1.5)
         axis.annotate(
-            f"copy, {copy / 1e9:.1f} GB/s", (low, low * copy / 1e12), (6, 10),
-            textcoords="offset points", fontsize=9,
+            f"copy, {copy / 1e9:.1f} GB/s", (math.sqrt(low * end), math.sqrt(low * end) * copy / 1e12),
+            (10, -8), textcoords="offset points", va="top", fontsize=9,
         )  # fmt: skip
     for row, intensity in zip(rows, intensities, strict=True):
         colour = DTYPE_COLOURS[row["dtype"]]
@@ -213,7 +220,7 @@ def render(results: dict, digits: Path | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(ms=milliseconds, mb=megabytes)
+    environment.filters.update(ms=milliseconds, mb=megabytes, rate=rate)
     with matplotlib.rc_context(STYLE):
         plots = {
             "ratios": plot_ratios(served) if served else None,
