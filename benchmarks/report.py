@@ -118,9 +118,10 @@ def plot_roofline(rows: list[dict], roofs: dict) -> Markup:
     end = min(high, max(roofs["gemm_flops_per_s"].values()) / copy)
     if end > low:
         axis.plot([low, end], [low * copy / 1e12, end * copy / 1e12], color=INK, lw=1.5)
+        middle = math.sqrt(low * end)
         axis.annotate(
-            f"copy, {copy / 1e9:.1f} GB/s", (math.sqrt(low * end), math.sqrt(low * end) * copy / 1e12),
-            (10, -8), textcoords="offset points", va="top", fontsize=9,
+            f"copy, {copy / 1e9:.1f} GB/s", (middle, middle * copy / 1e12), (10, -8),
+            textcoords="offset points", va="top", fontsize=9,
         )  # fmt: skip
     for row, intensity in zip(rows, intensities, strict=True):
         colour = DTYPE_COLOURS[row["dtype"]]
