@@ -175,7 +175,7 @@ def test_gradcheck(option, soft):
 
             assert torch.autograd.gradcheck(function, inputs)
             if reduction != "sum":
-                assert torch.autograd.gradgradcheck(function, inputs)
+                assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 def test_gradients_only_where_wanted():
@@ -423,7 +423,7 @@ def test_bad_input(case):
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 import torch.nn.functional as F
 from fastnn.linear_cross_entropy import linear_cross_entropy
 
@@ -435,16 +435,20 @@ def ours(x, w, target):
     return linear_cross_entropy(x, w, target, workspace_bytes=8 << 20)
 def theirs(x, w, target):
     return F.cross_entropy(F.linear(x, w), target)
+def peak():  # of this program; ru_maxrss would start at that of the process that ran it
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 function = {"ours": ours, "theirs": theirs}[sys.argv[1]]
 function(x[:8], w, target[:8]).backward()  # what libraries allocate once
 x.grad = w.grad = None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 function(x, w, target).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
 @pytest.mark.skipif(_ops.NATIVE_MISSING is not None, reason="no extension")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
 def test_peak_memory():
     """At most an eighth of torch's, at a shape a quarter as wide as a language model's."""
     kib = {}

@@ -212,7 +212,7 @@ void for_stats(const Problem<T>& p, const F& f) {
   const int64_t classes = p.options.classes;
   const int64_t blocks = (classes + kBlock - 1) / kBlock;
   if (!p.contiguous) {
-    at::parallel_for(0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / 4),
+    at::parallel_for(0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / kStrip),
                      [&](int64_t begin, int64_t end) {
                        for (int64_t strip = begin; strip < end; ++strip) {
                          RowStats<A> stats[kStrip];
@@ -351,7 +351,7 @@ void backward_rows(const Problem<T>& p, const RowGradients<A>& upstream, const A
   };
   if (!p.contiguous || !out.logits.data) {
     at::parallel_for(
-        0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / 4),
+        0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / kStrip),
         [&](int64_t begin, int64_t end) {
           for (int64_t strip = begin; strip < end; ++strip) {
             const int64_t first = strip * kStrip;
