@@ -37,11 +37,6 @@ _BY_CLASS: dict[type, type] = {
     nn.CrossEntropyLoss: CrossEntropyLoss,
     nn.Dropout: Dropout,
 }
-_ACTIVATIONS = (
-    nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GLU,
-    nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU,
-    nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Threshold, nn.Softmax, nn.LogSoftmax,
-)  # fmt: skip
 _STOCK = "_fastnn_stock"
 
 
@@ -185,6 +180,8 @@ class _Swap:
             elif isinstance(module, nn.Linear) and type(module) is not LinearAct:
                 if id(module) not in inside:
                     self._swap_linear(name, module)
+        order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
+        self.report.rows.sort(key=lambda row: order[row.name])
         return self.report
 
     def _row(self, name: str, module: nn.Module, target: type | None, reason: str = "") -> None:
@@ -222,15 +219,13 @@ class _Swap:
             return changed
         if id(module) not in self.pairs:
             # Tracing would not settle it: torch.fx follows one side of every Python branch.
-            return "no nn.Sequential shows that only an activation reads it"
+            return "no activation follows it in an nn.Sequential"
+        if self.uses[id(module)] > 1:
+            return "it is shared: another use may not want the activation"
         stock = self.pairs[id(module)][2]
         kind = type(stock).__name__
         if activation_name(stock) is None:
-            if isinstance(stock, _ACTIVATIONS):
-                return f"{kind} as it is set here is not an activation of linear_act"
-            return f"{kind} follows it, which is no activation"
-        if self.uses[id(module)] > 1:
-            return "it is shared: another use may not want the activation"
+            return f"{kind}({stock.extra_repr()}) follows it, no activation of linear_act"
         if is_hooked(stock):
             return f"the {kind} after it has hooks"
         if not module.weight.dtype.is_floating_point:
