@@ -1,4 +1,4 @@
-"""`python -m fastnn.info [--json]`: what is installed, what was built, and what serves which call."""
+"""`python -m fastnn.info [--json]`: what is installed, what was built, what serves a call."""
 
 from __future__ import annotations
 

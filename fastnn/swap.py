@@ -1,10 +1,10 @@
 """`swap_` turns the stock modules of a model into fastnn's, in place; `unswap_` turns them back.
 
-A module keeps its identity: only its class changes, to a fastnn class that reads the same attributes.
-Parameters, buffers, hooks, training mode, weight tying and every reference to the module therefore
-stay as they are, and optimizers, state_dict, deepcopy and pickle see no difference. The one exception
-is an activation that a Linear takes over: its slot holds a `FusedActivation` (an identity that keeps
-the stock module), because an activation may be shared with other places that still need it.
+A module keeps its identity: only its class changes, to a fastnn class that reads the same
+attributes. Parameters, buffers, hooks, training mode, weight tying and every reference to the module
+therefore stay as they are, and optimizers, state_dict, deepcopy and pickle see no difference. The
+one exception is an activation that a Linear takes over: its slot holds a `FusedActivation` (an
+identity that keeps the stock module), because other places that share the activation still need it.
 """
 
 from __future__ import annotations
@@ -252,12 +252,15 @@ def _called_by(parent: nn.Module) -> list[nn.Module]:
 def swap_(model: nn.Module, *, filter_fn: FilterFn | None = None) -> SwapReport:
     """Turns the modules of `model` that fastnn can serve into fastnn's, in place.
 
-    Swapped are nn.Linear directly followed in an nn.Sequential by ReLU, GELU, SiLU, Sigmoid, Tanh or
-    LeakyReLU(0.01) (one `LinearAct`, with the activation's slot left as an identity), MultiheadAttention,
-    TransformerEncoderLayer, TransformerDecoderLayer, CrossEntropyLoss and Dropout. Left alone, with
-    the reason in the report: subclasses, parametrized and hooked modules, shared Linears, dropout in
-    place, and Linears whose activation is called from a forward method. Outputs, gradients and
-    state_dict keys stay those of the stock model; dropout draws other masks of the same rate.
+    Swapped are nn.Linear directly followed in an nn.Sequential by ReLU, GELU, SiLU, Sigmoid, Tanh
+    or LeakyReLU(0.01) (one `LinearAct`; the activation's slot becomes an identity),
+    MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, CrossEntropyLoss and
+    Dropout. Left alone, with the reason in the report: subclasses, parametrized and hooked modules,
+    shared Linears, dropout in place, Linears whose activation is called from a forward method, and
+    Linears without an activation (torch's own GEMM is all they need). Outputs, gradients and
+    state_dict keys stay those of the stock model, except that dropout draws other masks of the same
+    rate, and that nn.TransformerEncoder no longer writes zeros at padded positions in evaluation
+    (it stops converting to nested tensors).
 
     Args:
         model: any module; it may itself be one of those above.
@@ -304,6 +307,4 @@ def unswap_(model: nn.Module) -> SwapReport:
 
 def _check_module(function: str, model) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{function}: model must be a torch.nn.Module, got {type(model).__name__}"
-        )
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,9 +1,9 @@
 """Multi-head attention and the Transformer layers of torch.nn, on fastnn's kernels.
 
 Each class is torch's own with another forward: constructors, initialisation, parameters and
-state_dict keys are inherited, and `isinstance` still says torch.nn. A layer looks at its sub-modules
-at every call: one that was replaced, parametrized or hooked since is called as a module, so that
-adapters and hooks keep working, and the rest stays fused.
+state_dict keys are inherited, and `isinstance` still says torch.nn. A layer looks at its
+sub-modules at every call: one that was replaced, parametrized or hooked since is called as a
+module, so that adapters and hooks keep working, and the rest stays fused.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return _add_linear(residual, out, weight, bias, drop)
 
     def _projections(self, query, key, value) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected query, key and value (..., embed_dim), with as few GEMMs as the inputs allow."""
+        """Projected query, key and value (..., embed_dim), with as few GEMMs as they allow."""
         width = self.embed_dim
         weight, bias = self.in_proj_weight, self.in_proj_bias
 

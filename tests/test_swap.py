@@ -17,8 +17,8 @@ from fastnn.transformer import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 ACTIVATIONS = [
-    nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Sigmoid(), nn.Tanh(),
-    nn.LeakyReLU(),
+    nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Sigmoid(),
+    nn.Tanh(), nn.LeakyReLU(),
 ]  # fmt: skip
 
 
@@ -361,7 +361,9 @@ def test_swapped_model_compiles_as_one_graph():
     swap_(model)
     x = torch.randn(3, 6)
     expected = model(x)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected
+    )
 
 
 @pytest.mark.parametrize("function", [swap_, unswap_])

@@ -144,9 +144,7 @@ def test_self_attention_dtypes(masks, dtype):
 @pytest.mark.parametrize("kind", ["shared memory", "three inputs", "kdim and vdim"])
 def test_cross_attention(kind, bias, batch_first):
     sizes = {"kdim": 20, "vdim": 12} if kind == "kdim and vdim" else {}
-    ours, stock = twins(
-        *PAIRS[0][:2], WIDTH, HEADS, batch_first=batch_first, bias=bias, **sizes
-    )
+    ours, stock = twins(*PAIRS[0][:2], WIDTH, HEADS, batch_first=batch_first, bias=bias, **sizes)
     lengths = (LENGTH, MEMORY) if kind == "shared memory" else (LENGTH, MEMORY, MEMORY)
     widths = (WIDTH, 20, 12) if sizes else None
     inputs = sequences(batch_first, lengths, widths)
@@ -281,7 +279,7 @@ def test_constructor_and_state_are_torchs(ours, stock, arguments):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_inside_torchs_encoder_and_transformer(training, batch_first):
-    """Built with our layers directly, torch's encoder may hand them nested tensors in evaluation."""
+    """Built with our layers, torch's encoder may hand them nested tensors in evaluation."""
     (x, memory) = sequences(batch_first, (LENGTH, LENGTH))
     outs = []
     for layer in (TransformerEncoderLayer, nn.TransformerEncoderLayer):
@@ -304,9 +302,7 @@ def test_inside_torchs_encoder_and_transformer(training, batch_first):
     )
     stock.load_state_dict(ours.state_dict())
     mask = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)
-    pair = [
-        module.double().train(training)(x, memory, tgt_mask=mask) for module in (ours, stock)
-    ]
+    pair = [module.double().train(training)(x, memory, tgt_mask=mask) for module in (ours, stock)]
     torch.testing.assert_close(*pair)
 
 
