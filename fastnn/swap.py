@@ -1,7 +1,7 @@
 """`swap_` turns the stock modules of a model into fastnn's, in place; `unswap_` turns them back.
 
 A module keeps its identity: only its class changes, to a fastnn class that reads the same
-attributes. Parameters, buffers, hooks, training mode, weight tying and every reference to the module
+attributes. Parameters, buffers, hooks, training mode, weight tying and references to the module
 therefore stay as they are, and optimizers, state_dict, deepcopy and pickle see no difference. The
 one exception is an activation that a Linear takes over: its slot holds a `FusedActivation` (an
 identity that keeps the stock module), because other places that share the activation still need it.
