@@ -19,6 +19,7 @@ from torch import nn
 
 from fastnn.cross_entropy import CrossEntropyLoss
 from fastnn.linear_act import Dropout, LinearAct
+from fastnn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastnn.transformer import (
     MultiheadAttention,
     TransformerDecoderLayer,
@@ -37,6 +38,13 @@ _BY_CLASS: dict[type, type] = {
     nn.CrossEntropyLoss: CrossEntropyLoss,
     nn.Dropout: Dropout,
 }
+# Instances to read the attributes from that fastnn's classes have and the stock ones have not.
+_LIKE: dict[type, Callable[[], nn.Module]] = {nn.CrossEntropyLoss: CrossEntropyLoss}
+_LINEAR_LOSSES = [LinearCrossEntropyLoss]
+if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+    _LINEAR_LOSSES.append(nn.LinearCrossEntropyLoss)
+    _BY_CLASS[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
+    _LIKE[nn.LinearCrossEntropyLoss] = lambda: LinearCrossEntropyLoss(1, 1, device="meta")
 _STOCK = "_fastnn_stock"
 
 
@@ -114,20 +122,6 @@ def _new_attributes(module: nn.Module, like: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in like.__dict__.items() if name not in module.__dict__}
 
 
-def _as_dropout(module: nn.Dropout) -> Dropout:
-    return Dropout(module.p)
-
-
-def _as_loss(module: nn.CrossEntropyLoss) -> CrossEntropyLoss:
-    return CrossEntropyLoss(
-        module.weight, ignore_index=module.ignore_index, reduction=module.reduction,
-        label_smoothing=module.label_smoothing,
-    )  # fmt: skip
-
-
-_LIKE = {nn.Dropout: _as_dropout, nn.CrossEntropyLoss: _as_loss}
-
-
 def _common_reason(module: nn.Module, name: str, filter_fn: FilterFn | None) -> str | None:
     if is_hooked(module):
         return "it has hooks"
@@ -198,7 +192,7 @@ class _Swap:
         kind = _BY_CLASS[stock]
         self._row(name, module, kind)
         like = _LIKE.get(stock)
-        _become(module, kind, _new_attributes(module, like(module)) if like else {})
+        _become(module, kind, _new_attributes(module, like()) if like else {})
 
     def _swap_linear(self, name: str, module: nn.Linear) -> None:
         reason = self._linear_reason(name, module)
@@ -241,11 +235,13 @@ class _Swap:
 
 
 def _called_by(parent: nn.Module) -> list[nn.Module]:
-    """The Linears whose parameters a layer of fastnn reads itself."""
+    """The Linears whose parameters their parent reads itself."""
     if isinstance(parent, nn.MultiheadAttention):
         return [parent.out_proj]
     if type(parent) in (TransformerEncoderLayer, TransformerDecoderLayer):
         return [parent.linear1, parent.linear2]
+    if isinstance(parent, tuple(_LINEAR_LOSSES)):
+        return [parent.linear]
     return []
 
 
@@ -254,13 +250,13 @@ def swap_(model: nn.Module, *, filter_fn: FilterFn | None = None) -> SwapReport:
 
     Swapped are nn.Linear directly followed in an nn.Sequential by ReLU, GELU, SiLU, Sigmoid, Tanh
     or LeakyReLU(0.01) (one `LinearAct`; the activation's slot becomes an identity),
-    MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, CrossEntropyLoss and
-    Dropout. Left alone, with the reason in the report: subclasses, parametrized and hooked modules,
-    shared Linears, dropout in place, Linears whose activation is called from a forward method, and
-    Linears without an activation (torch's own GEMM is all they need). Outputs, gradients and
-    state_dict keys stay those of the stock model, except that dropout draws other masks of the same
-    rate, and that nn.TransformerEncoder no longer writes zeros at padded positions in evaluation
-    (it stops converting to nested tensors).
+    MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, CrossEntropyLoss,
+    LinearCrossEntropyLoss and Dropout. Left alone, with the reason in the report: subclasses,
+    parametrized and hooked modules, shared Linears, dropout in place, Linears whose activation is
+    called from a forward method, and Linears without an activation (torch's own GEMM is all they
+    need). Outputs, gradients and state_dict keys stay those of the stock model, except that dropout
+    draws other masks of the same rate, and that nn.TransformerEncoder no longer writes zeros at
+    padded positions in evaluation (it stops converting to nested tensors).
 
     Args:
         model: any module; it may itself be one of those above.

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastnn.cross_entropy import CrossEntropyLoss
 from fastnn.linear_act import Dropout, LinearAct
+from fastnn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastnn.swap import FusedActivation, SwapReport, swap_, unswap_
 from fastnn.transformer import (
     MultiheadAttention,
@@ -193,6 +194,20 @@ def test_losses():
         torch.testing.assert_close(torch.autograd.grad(got.sum(), logits)[0], wanted)
         unswap_(loss)
         assert type(loss) is nn.CrossEntropyLoss
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch has it since 2.13")
+def test_linear_cross_entropy_loss():
+    torch.manual_seed(0)
+    x, target = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 3, 2, 6, 1])
+    loss = nn.LinearCrossEntropyLoss(6, 7, bias=True, ignore_index=2, dtype=torch.float64)
+    expected, weight = loss(x, target), loss.linear.weight
+    report = swap_(loss)
+    assert type(loss) is LinearCrossEntropyLoss and not report.skipped
+    assert loss.linear.weight is weight and "linear.weight" in loss.state_dict()
+    torch.testing.assert_close(loss(x, target), expected)
+    unswap_(loss)
+    assert torch.equal(loss(x, target), expected)
 
 
 def test_dropout_keeps_rate_and_mode():
