@@ -176,7 +176,12 @@ inline const A* staged(const T* z, int64_t n, A softcap, A* buffer) {
 
 template <typename A>
 inline A capped(const LossOptions<A>& options, A z) {
-  return options.softcap == A(0) ? z : options.softcap * std::tanh(z / options.softcap);
+  if (options.softcap == A(0)) return z;
+  // By the vectors' tanh: the row's maximum must not differ from its own label's logit.
+  using V = Vectorized<A>;
+  A lanes[V::size()];
+  ((V(z) / V(options.softcap)).tanh() * V(options.softcap)).store(lanes);
+  return lanes[0];
 }
 
 // q of classes [c, c + n) where the target is probabilities.
@@ -284,9 +289,12 @@ template <typename A>
 struct RowGradient {
   A reference = 0;
   A log_sum = 0;  // lse - reference, for the gradient of probabilities
-  A scale = 0;    // of exp(z - reference)
+  A scale = 0;    // of exp(z - reference): (g mass + extra) / sum
   A g = 0;        // gradient of the row's loss
   int64_t label = -1;
+  A mass = 0;   // sum of q
+  A extra = 0;  // coefficient of p through lse
+  A sum = 1;    // sum of exp(z - reference)
 
   bool is_zero() const { return scale == A(0) && g == A(0); }
 };
@@ -295,9 +303,13 @@ template <typename A>
 inline RowGradient<A> row_gradient(const LossOptions<A>& options, const RowStats<A>& stats,
                                    int64_t label, A g, A grad_lse) {
   RowGradient<A> row{stats.reference(), stats.log_sum(), A(0), g, label};
-  const A mass = g == A(0) ? A(0) : target_mass(options, stats, label);
-  const A per_probability = g * (mass + A(2) * options.z_loss * stats.lse()) + grad_lse;
-  row.scale = per_probability / stats.sum;
+  row.sum = stats.sum;
+  row.extra = grad_lse;
+  if (g != A(0)) {
+    row.mass = target_mass(options, stats, label);
+    row.extra += g * A(2) * options.z_loss * stats.lse();
+  }
+  row.scale = (g * row.mass + row.extra) / stats.sum;
   return row;
 }
 
@@ -342,15 +354,15 @@ inline void block_gradient_of(const LossOptions<A>& options, const RowGradient<A
   for (; c + kLane <= n; c += kLane) write(c, kLane);
   if (c < n) write(c, n - c);
   if (!has_label) return;
-  // Again in full precision: out may be too coarse to subtract from.
-  const A t = kCapped ? std::tanh(label_raw / options.softcap) : A(0);
-  const A logit = kCapped ? options.softcap * t : label_raw;
-  const A weight = options.class_weight(row.label);
-  A grad = row.scale * std::exp(logit - row.reference) - row.g * kept * weight;
-  if (kind == Target::kSmooth || kind == Target::kWeightedSmooth) {
-    grad -= row.g * options.share * weight;
-  }
-  out[row.label - begin] = static_cast<T>(grad * (A(1) - t * t));
+  // Again in full precision, q subtracted from p before anything is added: where p is close to 1,
+  // the difference is all there is, and `out` may be too coarse for it.
+  const A logit = kCapped ? capped(options, label_raw) : label_raw;
+  const A p = std::exp(logit - row.reference) / row.sum;
+  const A share_of_label = kind == Target::kIndex ? A(0) : options.share;
+  const A q = options.class_weight(row.label) * (kept + share_of_label);
+  A grad = row.g * (row.mass * p - q) + row.extra * p;
+  if (kCapped) grad *= A(1) - (logit / options.softcap) * (logit / options.softcap);
+  out[row.label - begin] = static_cast<T>(grad);
 }
 
 template <Target kind, typename T, typename A = accumulate_t<T>>
