@@ -477,3 +477,92 @@ def test_errors_name_the_argument(error, argument, options):
         _attention_call(**options)
     assert argument in str(raised.value)
     assert str(raised.value).startswith("MultiheadAttention: ")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What the modules hand to linear_act and to scaled_dot_product_attention."""
+    from fastnn import transformer
+
+    calls = {"linear_act": [], "scaled_dot_product_attention": []}
+    for name, seen in calls.items():
+        function = getattr(transformer, name)
+
+        def record(*arguments, function=function, seen=seen, **options):
+            seen.append((arguments, options))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(transformer, name, record)
+    return calls
+
+
+def test_an_encoder_layer_is_four_gemms_with_epilogues(recorded):
+    layer = TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.1, batch_first=True)
+    (x,) = (t.float() for t in sequences())
+    layer(x, src_key_padding_mask=padding())
+    inner, out, first, second = recorded["linear_act"]
+    assert inner[0][1] is layer.self_attn.in_proj_weight and not inner[1]
+    assert out[1]["residual"] is x and out[1]["dropout_p"] == 0.1
+    assert first[0][3] == "relu" and first[1]["dropout_p"] == 0.1
+    assert second[1]["residual"] is first[0][0] and second[1]["dropout_p"] == 0.1
+    ((q, k, v, mask, dropout_p, is_causal), _), *rest = recorded["scaled_dot_product_attention"]
+    assert not rest and dropout_p == 0.1 and not is_causal
+    # Views of one packed projection.
+    assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert k.shape == (BATCH, HEADS, LENGTH, WIDTH // HEADS)
+
+
+def test_a_padding_mask_is_broadcast_and_causality_stays_a_band(recorded):
+    module = MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    (x,) = (t.float() for t in sequences())
+    module(x, x, x, need_weights=False, **MASKS["hint and padding"](torch.float32))
+    (((*_, mask, _, is_causal), options),) = recorded["scaled_dot_product_attention"]
+    assert mask.shape == (BATCH, 1, 1, LENGTH) and mask.dtype == torch.bool
+    assert not is_causal and options == {"window": (-1, 0)}
+
+
+def test_cross_attention_projects_keys_and_values_at_once(recorded):
+    module = MultiheadAttention(WIDTH, HEADS)
+    query, memory = (t.float() for t in sequences(False, (LENGTH, MEMORY)))
+    module(query, memory, memory, need_weights=False)
+    shapes = [tuple(arguments[1].shape) for arguments, _ in recorded["linear_act"]]
+    assert shapes == [(2 * WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH)]
+
+
+def test_gradient_of_an_additive_mask():
+    ours, stock = twins(*PAIRS[0][:2], WIDTH, HEADS, batch_first=True)
+    mask = torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(2))
+
+    def call(module, x, mask):
+        return module(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    compare(ours, stock, call, [*sequences(), mask.double()], torch.float32)
+
+
+def test_functional_call_and_func_grad():
+    ours, stock = twins(*PAIRS[1][:2], WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
+    (x,) = sequences()
+    gradients = []
+    for module in (ours.double(), stock.double()):
+
+        def loss(parameters, module=module):
+            return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+        gradients.append(torch.func.grad(loss)(dict(module.named_parameters())))
+    torch.testing.assert_close(*gradients)
+
+
+def test_second_derivative():
+    module = MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: module(x, x, x, need_weights=False)[0], (x,))
+
+
+def test_exports():
+    module = TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
+    (x,) = (t.float() for t in sequences())
+    exported = torch.export.export(module, (x,), {"src_key_padding_mask": padding()})
+    torch.testing.assert_close(
+        exported.module()(x, src_key_padding_mask=padding()),
+        module(x, src_key_padding_mask=padding()),
+    )
