@@ -13,9 +13,28 @@ import torch
 
 import fastnn
 from fastnn import _ops, backend
+from fastnn.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("native", "triton", "reference")
+# What calls may use beyond the plain case, as the public functions tell backend.resolve(): the
+# questions that are put to backend.refusal(), which has the answers.
+FEATURES = {
+    "linear_act": {name: {"activation": name} for name in ACTIVATIONS},
+    "dropout": {},
+    "cross_entropy": {
+        "probability targets": {"soft_target": True, "dims": 2, "mixed": False},
+        "probability targets of another dtype": {"soft_target": True, "dims": 2, "mixed": True},
+        "K-dimensional logits": {"soft_target": False, "dims": 4, "mixed": False},
+    },
+    "linear_cross_entropy": {"probability targets": {"soft_target": True}},
+    "attention": {
+        "head dimension 256": {"head_dim": 256, "value_dim": 256},
+        "head dimension 512": {"head_dim": 512, "value_dim": 512},
+        **{name: {name: True} for name in ("dropout", "softcap", "window", "alibi", "sinks")},
+        "gradient of the mask": {"mask_grad": True},
+    },
+}
 
 
 def _version(package: str) -> str | None:
@@ -59,7 +78,8 @@ def _build() -> dict:
 
 
 def _availability() -> list[dict]:
-    """A row per family, device and backend: the dtypes that are served, and why others are not."""
+    """A row per family, device and backend: the dtypes that are served, and why others are not;
+    `refused` has the features that are not served in the first of those dtypes."""
     rows = []
     for family in _ops.FAMILIES:
         for device in ("cpu", "cuda"):
@@ -68,6 +88,12 @@ def _availability() -> list[dict]:
                     _name(dtype): backend.refusal(name, family, device, dtype) for dtype in DTYPES
                 }
                 served = [dtype for dtype, reason in refusals.items() if reason is None]
+                refused = {}
+                for feature, features in FEATURES[family].items() if served else ():
+                    dtype = getattr(torch, served[0])
+                    reason = backend.refusal(name, family, device, dtype, **features)
+                    if reason is not None:
+                        refused[feature] = reason
                 reasons = list(dict.fromkeys(r for r in refusals.values() if r is not None))
                 rows.append(
                     {
@@ -76,6 +102,7 @@ def _availability() -> list[dict]:
                         "backend": name,
                         "dtypes": served,
                         "reasons": reasons,
+                        "refused": refused,
                     }
                 )
     return rows
@@ -122,10 +149,14 @@ def render(info: dict) -> str:
     if not torch.cuda.device_count():
         lines.append("  cuda: no device here")
     lines += ["", "what serves a call"]
-    notes = list(dict.fromkeys(r for row in info["availability"] for r in row["reasons"]))
+    explained = [
+        row["reasons"] + [f"{feature}: {reason}" for feature, reason in row["refused"].items()]
+        for row in info["availability"]
+    ]
+    notes = list(dict.fromkeys(note for row in explained for note in row))
     table = [("family", "device", "backend", "dtypes", "why not")]
-    for row in info["availability"]:
-        why_not = " ".join(f"[{notes.index(reason) + 1}]" for reason in row["reasons"])
+    for row, row_notes in zip(info["availability"], explained, strict=True):
+        why_not = " ".join(f"[{notes.index(note) + 1}]" for note in row_notes)
         dtypes = " ".join(row["dtypes"]) or "-"
         table.append((row["family"], row["device"], row["backend"], dtypes, why_not))
     widths = [max(len(row[i]) for row in table) for i in range(4)]

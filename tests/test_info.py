@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnn import _ops, backend, info, use_backend
+from fastnn import _ops, backend, functional, info, use_backend
 
 
 def test_collects_every_family_device_and_backend():
@@ -22,6 +22,43 @@ def test_collects_every_family_device_and_backend():
             assert reason is None or reason in row["reasons"]
         assert row["dtypes"] or row["reasons"]
         assert name != "reference" or len(row["dtypes"]) == len(info.DTYPES)
+
+
+def test_asks_for_features(monkeypatch):
+    assert info.FEATURES.keys() == _ops.FAMILIES.keys()
+    real = backend.refusal
+
+    def refusal(name, family, device, dtype, **features):
+        if name == "reference" and features.get("head_dim") == 512:
+            return "too wide"
+        return real(name, family, device, dtype, **features)
+
+    monkeypatch.setattr(backend, "refusal", refusal)
+    collected = info.collect()
+    refused = [row for row in collected["availability"] if "too wide" in row["refused"].values()]
+    assert [(r["family"], r["device"], r["backend"]) for r in refused] == [
+        ("attention", "cpu", "reference"), ("attention", "cuda", "reference"),
+    ]  # fmt: skip
+    assert "head dimension 512: too wide" in info.render(collected)
+
+
+def test_features_are_those_that_the_functions_name(monkeypatch):
+    """A name that no function passes would ask about nothing."""
+    asked = {}
+
+    def resolve(family, tensor, **features):
+        asked[family] = set(features)
+
+    monkeypatch.setattr(backend, "resolve", resolve)
+    x, y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
+    functional.linear_act(x, x)
+    functional.dropout(x)
+    functional.cross_entropy(x, y)
+    functional.linear_cross_entropy(x, x, y)
+    functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None])
+    assert asked.keys() == _ops.FAMILIES.keys()
+    for family, features in info.FEATURES.items():
+        assert {name for probe in features.values() for name in probe} <= asked[family]
 
 
 def test_says_what_was_built():
@@ -44,12 +81,13 @@ def test_text_lists_reasons(capsys):
     text = capsys.readouterr().out
     for word in ("versions", "build", "settings", "devices", "what serves a call", *_ops.FAMILIES):
         assert word in text
-    reasons = {reason for row in info.collect()["availability"] for reason in row["reasons"]}
+    rows = info.collect()["availability"]
+    reasons = {reason for row in rows for reason in (*row["reasons"], *row["refused"].values())}
     assert all(reason in text for reason in reasons)
     assert max(map(len, text.splitlines())) <= 140
 
 
-@pytest.mark.parametrize("settings", [{}, {"FASTNN_DISABLE": "1"}, {"FASTNN_BACKEND": "triton"}])
+@pytest.mark.parametrize("settings", [{}, {"FASTNN_DISABLE": "1"}])
 def test_program_prints_json(settings):
     root = str(Path(info.__file__).parents[1])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTNN_")}
@@ -59,6 +97,5 @@ def test_program_prints_json(settings):
         text=True, check=True,
     )  # fmt: skip
     shown = json.loads(done.stdout)["settings"]
-    wanted = {"FASTNN_DISABLE": "reference", "FASTNN_BACKEND": "triton"}
-    assert shown["backend"] == (wanted[next(iter(settings))] if settings else "auto")
+    assert shown["backend"] == ("reference" if settings else "auto")
     assert {k: v for k, v in shown.items() if k != "backend"} == settings

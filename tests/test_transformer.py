@@ -552,6 +552,25 @@ def test_functional_call_and_func_grad():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_create_graph_counts_every_path_once(norm_first):
+    """A block's input is its residual too: the composite gradient must keep the two apart."""
+    ours, stock = twins(
+        *PAIRS[1][:2], WIDTH, HEADS, 48, dropout=0.0, batch_first=True, norm_first=norm_first,
+        activation="gelu",
+    )  # fmt: skip
+    seconds = []
+    for module in (ours.double(), stock.double()):
+        (x,) = sequences()
+        x.requires_grad_()
+        # Torch's other kernels have no second derivative.
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            (first,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), x)
+        seconds.append((first.detach(), second))
+    torch.testing.assert_close(*seconds)
+
+
 def test_second_derivative():
     module = MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
     x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
