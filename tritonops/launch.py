@@ -1,4 +1,4 @@
-"""What kernels and launchers share: the interpreter, the tuner's candidates, products, roundings."""
+"""What kernels and launchers share: the interpreter, the tuner's candidates, dot, rounding."""
 
 import os
 

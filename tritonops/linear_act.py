@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tritonops.activation import ACTIVATIONS, identity
-from tritonops.launch import configurations, dot, dot_precision, rounded, shared_limit
+from tritonops.launch import INTERPRETED, configurations, dot, dot_precision, rounded, shared_limit
 from tritonops.philox import dropout_keep, dropout_rate
 
 
@@ -34,44 +34,54 @@ def _gemm_config(m, n, k, stages, warps):
 
 
 # BLOCK_N is halved in the kernel when the activation is gated: two accumulators share the tile.
+# In each list, the first that fits is the best guess for a large product.
 GEMM_CONFIGS = [
     _gemm_config(128, 256, 64, 3, 8),
     _gemm_config(128, 128, 64, 4, 8),
-    _gemm_config(128, 128, 32, 4, 4),
     _gemm_config(128, 64, 64, 4, 4),
     _gemm_config(64, 128, 64, 4, 4),
     _gemm_config(64, 64, 64, 4, 4),
     _gemm_config(32, 64, 128, 4, 4),
     _gemm_config(16, 64, 128, 4, 4),
 ]
+# Exact fp32 products run outside the tensor cores, where a longer BLOCK_K only costs registers.
+GEMM_CONFIGS_FP32 = [
+    _gemm_config(128, 128, 16, 3, 8),
+    _gemm_config(64, 128, 16, 3, 8),
+    _gemm_config(64, 64, 32, 3, 4),
+    _gemm_config(32, 32, 32, 3, 4),
+]
 # BLOCK_K of every configuration divides it
 _K_MULTIPLE = 128
 _GEMM_INTERPRETED = _gemm_config(32, 32, 32, 1, 4)
 
 
-def gemm_configs(configs, itemsize, limit):
-    """The configurations whose pipelined operand tiles fit `limit` bytes of shared memory."""
+def gemm_configs(itemsize, light, limit):
+    """The candidates that fit `limit` bytes of shared memory and, by compiling them, the registers.
+
+    Only a light epilogue (no activation, dropout or saved pre-activation) leaves room for more than
+    64 accumulators a thread.
+    """
+    if INTERPRETED:
+        return [_GEMM_INTERPRETED]
 
     def fits(config):
         meta = config.kwargs
-        tile = (meta["BLOCK_M"] + meta["BLOCK_N"]) * meta["BLOCK_K"] * itemsize
-        return tile * config.num_stages <= limit
+        tiles = (meta["BLOCK_M"] + meta["BLOCK_N"]) * meta["BLOCK_K"] * itemsize
+        accumulators = meta["BLOCK_M"] * meta["BLOCK_N"] // (32 * config.num_warps)
+        return tiles * config.num_stages <= limit and (light or accumulators <= 64)
 
-    return [config for config in configs if fits(config)]
-
-
-def _fixed_config(itemsize):
-    """The first of GEMM_CONFIGS that fits, for a call that must not be measured."""
-    configs = configurations(GEMM_CONFIGS, _GEMM_INTERPRETED)
-    return gemm_configs(configs, itemsize, shared_limit())[0]
+    return [c for c in (GEMM_CONFIGS_FP32 if itemsize == 4 else GEMM_CONFIGS) if fits(c)]
 
 
-def _prune(configs, arguments, **_):
-    return gemm_configs(configs, arguments["x_ptr"].element_size(), shared_limit())
+def _prune(configs, arguments, VALUE, **_):
+    light = VALUE is identity and arguments["seed_ptr"] is None and arguments["preact_ptr"] is None
+    allowed = gemm_configs(arguments["x_ptr"].element_size(), light, shared_limit())
+    return [config for config in configs if config in allowed]
 
 
 @triton.autotune(
-    configurations(GEMM_CONFIGS, _GEMM_INTERPRETED),
+    configurations(GEMM_CONFIGS + GEMM_CONFIGS_FP32, _GEMM_INTERPRETED),
     key=["tuned_rows", "N", "K", "GATED"],
     prune_configs_by={"early_config_prune": _prune},
 )
@@ -173,7 +183,8 @@ def _gemm(
 
     kernel, fixed = linear_act_forward_kernel, {}
     if not tuned:
-        kernel, fixed = kernel.fn, _fixed_config(x.element_size()).all_kwargs()
+        fixed = gemm_configs(x.element_size(), True, shared_limit())[0].all_kwargs()
+        kernel = kernel.fn
     kernel[grid](
         x, w, bias, residual, seed if dropout_p else None, out, preact, m, n, k,
         *x.stride(), *w.stride(), *((0, 0) if residual is None else residual.stride()),
@@ -209,6 +220,7 @@ def _matrix(tensor):
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
+@torch.no_grad()
 def linear_act_forward(
     input, weight, bias, residual, seed, activation, dropout_p, save_preact, gated
 ):
@@ -309,6 +321,7 @@ def column_sums(matrix):
     return _grad_preact(matrix, None, None, "identity", 0.0, write=False, sum_columns=True)[1]
 
 
+@torch.no_grad()
 def linear_act_backward(
     grad_out, input, weight, saved, seed, activation, dropout_p, gated, output_mask
 ):
@@ -354,6 +367,7 @@ def dropout_kernel(
 DROPOUT_TILE = 2048
 
 
+@torch.no_grad()
 def dropout(input, seed, p):
     out = input.new_empty(input.shape)
     if out.numel() == 0:
