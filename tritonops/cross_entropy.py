@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from tritonops.activation import tanh, tanh_derivative
-from tritonops.launch import configurations, rounded
+from tritonops.launch import aot_case, configurations, rounded
 
 
 def refusal(features: dict) -> str | None:
@@ -28,15 +28,12 @@ def refusal(features: dict) -> str | None:
 
 
 @triton.jit
-def load_logits(place, mask, softcap, SOFTCAP: tl.constexpr):
-    """fp32 logits after the cap, -inf where masked, and the cap's slope."""
-    x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    slope = 1.0
+def capped(x, mask, softcap, SOFTCAP: tl.constexpr):
+    """The logits as the softmax sees them: after the cap, -inf where masked."""
     if SOFTCAP:
-        slope = tanh_derivative(x / softcap)
         x = softcap * tanh(x / softcap)
     # After the cap, which would give the masked lanes a finite value.
-    return tl.where(mask, x, -float("inf")), slope
+    return tl.where(mask, x, -float("inf"))
 
 
 @triton.jit
@@ -66,7 +63,8 @@ def row_softmax(
     The pivot is z_y (0 where that is not finite): the smoothing sum is taken around it because
     sum(w) lse - sum(w z) would cancel when the logits share a large offset.
     """
-    picked, _ = load_logits(base + label * class_stride, valid, softcap, SOFTCAP)
+    picked = tl.load(base + label * class_stride, mask=valid, other=0.0).to(tl.float32)
+    picked = capped(picked, valid, softcap, SOFTCAP)
     pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0)
     top = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     lanes = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
@@ -75,7 +73,7 @@ def row_softmax(
         cols = start + tl.arange(0, BLOCK_V)
         mask = inside[:, None] & (cols < classes)[None, :]
         place = base[:, None] + cols.to(tl.int64)[None, :] * class_stride
-        z, _ = load_logits(place, mask, softcap, SOFTCAP)
+        z = capped(tl.load(place, mask=mask, other=0.0).to(tl.float32), mask, softcap, SOFTCAP)
         new_top = tl.maximum(top, tl.max(z, 1))
         # A row of -inf so far has no maximum to subtract: -inf - -inf would be NaN.
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -131,9 +129,12 @@ def row_gradient_scales(
 
 @triton.jit
 def tile_gradient(
-    z, slope, mask, cols, label, lse, at_p, at_label, everywhere, weight_ptr, classes,
-    SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    x, mask, cols, label, lse, at_p, at_label, everywhere, weight_ptr, classes, softcap,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of a tile of logits x, 0 where masked."""
+    x = x.to(tl.float32)
+    z = capped(x, mask, softcap, SOFTCAP)
     gradient = at_p[:, None] * tl.exp(z - lse[:, None])
     gradient -= tl.where(cols[None, :] == label[:, None], at_label[:, None], 0.0)
     if SMOOTHING:
@@ -142,7 +143,9 @@ def tile_gradient(
             gradient -= everywhere[:, None] * weight.to(tl.float32)[None, :]
         else:
             gradient -= everywhere[:, None]
-    return tl.where(mask, gradient, 0.0) * slope
+    if SOFTCAP:
+        gradient *= tanh_derivative(x / softcap)
+    return tl.where(mask, gradient, 0.0)
 
 
 def _row_config(block_r, block_v, warps):
@@ -248,10 +251,10 @@ def cross_entropy_backward_kernel(
     far = cols.to(tl.int64)[None, :]
     mask = needed[:, None] & inside_cols[None, :]
     place = logits_ptr + outer_index * outer_stride + inner_index[:, None] * inner_stride
-    z, slope = load_logits(place + far * class_stride, mask, softcap, SOFTCAP)
+    x = tl.load(place + far * class_stride, mask=mask, other=0.0)
     gradient = tile_gradient(
-        z, slope, mask, cols, label, lse, at_p, at_label, everywhere, weight_ptr, classes,
-        SMOOTHING, HAS_WEIGHT,
+        x, mask, cols, label, lse, at_p, at_label, everywhere, weight_ptr, classes, softcap,
+        SMOOTHING, SOFTCAP, HAS_WEIGHT,
     )  # fmt: skip
     place = grad_ptr + outer_index * grad_outer_stride + inner_index[:, None] * grad_inner_stride
     tl.store(
@@ -339,19 +342,19 @@ def cross_entropy_forward(
     shape = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else ()
     target = target.reshape(-1).contiguous()
     weight, weight_sum, switches = loss_options(weight, label_smoothing, softcap)
-    row_loss, lse, row_weight = (
+    losses, lse, row_weight = (
         logits.new_empty((rows.count,), dtype=torch.float32) for _ in range(3)
     )
     if rows.count:
         cross_entropy_forward_kernel[
             lambda meta: (rows.outer * triton.cdiv(rows.inner, meta["BLOCK_R"]),)
         ](
-            rows.logits, target, weight, weight_sum, row_loss, lse, row_weight,
+            rows.logits, target, weight, weight_sum, losses, lse, row_weight,
             rows.classes, rows.inner, *rows.strides, ignore_index, label_smoothing, z_loss, softcap,
             **switches,
         )  # fmt: skip
-    loss, total_weight = row_sums(row_loss, row_weight, reduction == "mean")
-    loss = row_loss.view(shape) if reduction == "none" else loss
+    loss, total_weight = row_sums(losses, row_weight, reduction == "mean")
+    loss = losses.view(shape) if reduction == "none" else loss
     return loss, lse.view(shape), total_weight
 
 
@@ -399,3 +402,31 @@ def launch_gradient(
         *grad_strides, int(per_row), ignore_index, label_smoothing, z_loss, softcap,
         MEAN=reduction == "mean", **switches, **fixed,
     )  # fmt: skip
+
+
+def aot_pointers(dtype, names, weighted):
+    """Pointer types of a loss kernel's launch: logits, weights and their gradient in `dtype`."""
+    kinds = {"target_ptr": "*i64", "logits_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}"}
+    pointers = {name: kinds.get(name, "*fp32") for name in names if name.endswith("_ptr")}
+    if weighted:
+        pointers["weight_ptr"] = f"*{dtype}"
+    else:
+        del pointers["weight_ptr"], pointers["weight_sum_ptr"]
+    return pointers
+
+
+def aot():
+    """Launches to compile ahead of time: the widest, the tallest, with everything and plain."""
+    for kernel in (cross_entropy_forward_kernel, cross_entropy_backward_kernel):
+        for dtype, config, full, strides in (
+            ("bf16", ROW_CONFIGS[2], True, {"class_stride": 1, "grad_class_stride": 1}),
+            ("bf16", ROW_CONFIGS[3], False, {"class_stride": 1, "grad_class_stride": 1}),
+            ("fp32", ROW_CONFIGS[-1], True, {"inner_stride": 1, "grad_inner_stride": 1}),
+        ):
+            names = kernel.fn.arg_names
+            switches = {"SMOOTHING": full, "SOFTCAP": full, "HAS_WEIGHT": full, "MEAN": True}
+            constexprs = {k: v for k, v in {**strides, **switches}.items() if k in names}
+            yield aot_case(kernel, aot_pointers(dtype, names, full), constexprs, config)
+    pointers = dict.fromkeys(("loss_ptr", "weight_ptr", "loss_sum_ptr", "weight_sum_ptr"), "*fp32")
+    ranges = triton.Config({"RANGE": SUM_RANGE, "BLOCK": SUM_BLOCK}, num_warps=4)
+    yield aot_case(row_sum_kernel, pointers, {"MEAN": True}, ranges)

@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 
 from tritonops.activation import ACTIVATIONS, identity
-from tritonops.launch import INTERPRETED, configurations, dot, dot_precision, rounded, shared_limit
+from tritonops.launch import (
+    INTERPRETED,
+    SHARED_SM80,
+    aot_case,
+    configurations,
+    dot,
+    dot_precision,
+    rounded,
+    shared_limit,
+)
 from tritonops.philox import dropout_keep, dropout_rate
 
 
@@ -383,3 +392,38 @@ def dropout(input, seed, p):
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def aot():
+    """Launches to compile ahead of time: the largest and the smallest tile of each kind."""
+    everything = ("x_ptr", "w_ptr", "bias_ptr", "residual_ptr", "out_ptr", "preact_ptr")
+    ones = dict.fromkeys(("x_col", "w_col", "residual_col"), 1)
+    for dtype, itemsize, activation, given, index, even in (
+        ("bf16", 2, "identity", ("x_ptr", "w_ptr", "residual_ptr", "out_ptr"), 0, True),
+        ("bf16", 2, "gelu", everything, 0, True),
+        ("bf16", 2, "gelu_tanh", everything, -1, False),
+        ("fp16", 2, "geglu", everything, 0, True),
+        ("fp32", 4, "tanh", everything, 0, True),
+    ):
+        entry, light = ACTIVATIONS[activation], activation == "identity"
+        pointers = dict.fromkeys(given, f"*{dtype}")
+        if not light:
+            pointers["seed_ptr"] = "*i64"
+        switches = {
+            "VALUE": entry.value, "GATED": entry.gated, "EVEN_K": even, "PRECISION": "ieee",
+        }  # fmt: skip
+        config = gemm_configs(itemsize, light, SHARED_SM80)[index]
+        yield aot_case(
+            linear_act_forward_kernel, pointers, {**ones, **switches}, config, aligned=even
+        )
+    tile = triton.Config({"BLOCK_M": BACKWARD_BLOCK_M, "BLOCK_N": BACKWARD_BLOCK_N}, num_warps=4)
+    ones = dict.fromkeys(("grad_col", "saved_col"), 1)
+    for activation in ("gelu", "geglu"):
+        entry = ACTIVATIONS[activation]
+        pointers = dict.fromkeys(("grad_ptr", "saved_ptr", "grad_preact_ptr"), "*bf16")
+        pointers |= {"seed_ptr": "*i64", "sums_ptr": "*fp32"}
+        switches = {"VALUE": entry.value, "DERIVATIVE": entry.derivative, "GATED": entry.gated}
+        yield aot_case(linear_act_backward_kernel, pointers, {**ones, **switches}, tile)
+    tile = triton.Config({"BLOCK_M": DROPOUT_TILE // 512, "BLOCK_N": 512}, num_warps=4)
+    pointers = {"x_ptr": "*bf16", "seed_ptr": "*i64", "out_ptr": "*bf16"}
+    yield aot_case(dropout_kernel, pointers, {"x_col": 1}, tile)

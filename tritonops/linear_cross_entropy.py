@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from tritonops.cross_entropy import (
+    aot_pointers,
     cross_entropy_forward,
     launch_gradient,
-    load_logits,
     load_target,
     loss_options,
     row_gradient_scales,
@@ -27,7 +27,7 @@ from tritonops.cross_entropy import (
     tile_gradient,
 )
 from tritonops.cross_entropy import refusal as refusal  # the same features, the same reasons
-from tritonops.launch import INTERPRETED, rounded
+from tritonops.launch import INTERPRETED, aot_case, rounded
 from tritonops.linear_act import column_sums, matmul, matmul_add_
 
 # Rows of a chunk are worth more than its memory until grad_W's read-modify-write is hidden, at
@@ -86,10 +86,9 @@ def loss_and_gradient_kernel(
         inside_cols = (cols < classes)[None, :]
         place = base[:, None] + cols[None, :]
         mask = counted[:, None] & inside_cols
-        z, slope = load_logits(place, mask, softcap, SOFTCAP)
         gradient = tile_gradient(
-            z, slope, mask, cols, label, lse, at_p, at_label, everywhere, weight_ptr, classes,
-            SMOOTHING, HAS_WEIGHT,
+            tl.load(place, mask=mask, other=0.0), mask, cols, label, lse, at_p, at_label,
+            everywhere, weight_ptr, classes, softcap, SMOOTHING, SOFTCAP, HAS_WEIGHT,
         )  # fmt: skip
         tl.store(place, rounded(gradient, logits_ptr.dtype.element_ty), mask=inside_cols)
 
@@ -226,3 +225,15 @@ def linear_cross_entropy_backward(
         )  # fmt: skip
         gradients.add(rows, logits)
     return gradients.results(input.shape)
+
+
+def aot():
+    """Launches to compile ahead of time."""
+    tile = triton.Config({"BLOCK": LOSS_GRADIENT_BLOCK}, num_warps=LOSS_GRADIENT_WARPS)
+    for dtype, full in (("bf16", True), ("bf16", False), ("fp32", True)):
+        pointers = aot_pointers(dtype, loss_and_gradient_kernel.arg_names, full)
+        switches = {"SMOOTHING": full, "SOFTCAP": full, "HAS_WEIGHT": full, "MEAN": True}
+        yield aot_case(loss_and_gradient_kernel, pointers, switches, tile)
+    pointers = {"target_ptr": "*i64", "weight_ptr": "*fp32", "row_weight_ptr": "*fp32"}
+    tile = triton.Config({"BLOCK": 1024}, num_warps=4)
+    yield aot_case(row_weight_kernel, pointers, {"HAS_WEIGHT": True}, tile)
