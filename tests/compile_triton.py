@@ -2,7 +2,7 @@
 
 usage: python compile_triton.py CAPABILITY MODULE...
 
-A module offers `aot()` or `AOT`: (kernel, signature, constexprs[, options]). Prints one JSON object
+A module with kernels offers `aot()` or `AOT`: (kernel, signature, constexprs[, options]). Prints one JSON object
 a kernel: its name and constexprs, registers, stack and local bytes, and shared memory.
 """
 
@@ -25,7 +25,7 @@ OPTIONS = ("num_warps", "num_stages")
 
 def cases(module_name):
     module = import_module(module_name)
-    offered = module.aot if hasattr(module, "aot") else module.AOT
+    offered = getattr(module, "aot", getattr(module, "AOT", ()))
     return list(offered() if callable(offered) else offered)
 
 

@@ -75,9 +75,10 @@ def row_softmax(
         place = base[:, None] + cols.to(tl.int64)[None, :] * class_stride
         z = capped(tl.load(place, mask=mask, other=0.0).to(tl.float32), mask, softcap, SOFTCAP)
         new_top = tl.maximum(top, tl.max(z, 1))
-        # A row of -inf so far has no maximum to subtract: -inf - -inf would be NaN.
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        lanes = lanes * tl.exp(top - shift)[:, None] + tl.exp(z - shift[:, None])
+        # Nothing can be subtracted from an infinite maximum: inf - inf would be NaN.
+        shift = tl.where(tl.abs(new_top) == float("inf"), 0.0, new_top)
+        rescale = tl.where(top == new_top, 1.0, tl.exp(top - new_top))
+        lanes = lanes * rescale[:, None] + tl.exp(z - shift[:, None])
         top = new_top
         if SMOOTHING:
             distance = pivot[:, None] - z
@@ -85,11 +86,12 @@ def row_softmax(
                 weight = tl.load(weight_ptr + cols, mask=cols < classes, other=0.0)
                 distance *= weight.to(tl.float32)[None, :]
             spread_lanes += tl.where(mask, distance, 0.0)
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    log_sum = tl.log(tl.sum(lanes, 1))
+    infinite = tl.abs(top) == float("inf")
+    shift = tl.where(infinite, 0.0, top)
     # A NaN logit may be lost in the maximum but not in the sum.
-    spread = tl.sum(spread_lanes, 1)
-    return log_sum + shift, log_sum + (shift - picked), spread, log_sum + (shift - pivot)
+    log_sum = tl.log(tl.sum(lanes, 1))
+    nll = tl.where(infinite, float("nan"), log_sum + (shift - picked))
+    return log_sum + shift, nll, tl.sum(spread_lanes, 1), log_sum + (shift - pivot)
 
 
 @triton.jit
@@ -123,7 +125,9 @@ def row_gradient_scales(
         everywhere = grad * (smoothing / classes)
         at_p = at_label + everywhere * weight_sum
     at_p += grad * (2.0 * z_loss) * tl.where(counted, lse, 0.0)
-    at_p = tl.where(counted & (valid == 0), float("nan"), at_p) + grad_lse
+    # An infinite lse is a NaN loss, as in torch.
+    failed = (valid == 0) | (tl.abs(lse) == float("inf"))
+    at_p = tl.where(counted & failed, float("nan"), at_p) + grad_lse
     return at_p, at_label, everywhere
 
 
@@ -152,6 +156,11 @@ def _row_config(block_r, block_v, warps):
     return triton.Config({"BLOCK_R": block_r, "BLOCK_V": block_v}, num_warps=warps)
 
 
+def _elements(config):
+    """Elements of a tile that each thread holds; beyond 16 only the plain loss fits registers."""
+    return config.kwargs["BLOCK_R"] * config.kwargs["BLOCK_V"] // (32 * config.num_warps)
+
+
 ROW_CONFIGS = [
     _row_config(1, 2048, 4),
     _row_config(1, 4096, 8),
@@ -165,8 +174,10 @@ ROW_CONFIGS = [
 _ROW_INTERPRETED = _row_config(4, 64, 4)
 
 
-def _prune(configs, arguments, **_):
+def _prune(configs, arguments, SMOOTHING, SOFTCAP, **_):
     """Tall tiles for rows that lie side by side, tiles about as wide as the classes otherwise."""
+    if SMOOTHING or SOFTCAP:
+        configs = [c for c in configs if _elements(c) <= 16]
     if arguments["class_stride"] != 1 and arguments["inner"] > 1:
         return [c for c in configs if c.kwargs["BLOCK_R"] >= 16] or configs
     width = min(max(triton.next_power_of_2(arguments["classes"]), 16), 2048)
@@ -370,7 +381,7 @@ def cross_entropy_backward(
             grad_loss, grad_lse, logits, target, weight, lse, total_weight, reduction,
             ignore_index, label_smoothing, z_loss, softcap, grad,
         )  # fmt: skip
-    return grad, logits.new_empty((0,))
+    return grad, target.new_empty((0,))
 
 
 # For a gradient that overwrites its logits, which the autotuner must not run twice.
@@ -419,8 +430,8 @@ def aot():
     """Launches to compile ahead of time: the widest, the tallest, with everything and plain."""
     for kernel in (cross_entropy_forward_kernel, cross_entropy_backward_kernel):
         for dtype, config, full, strides in (
-            ("bf16", ROW_CONFIGS[2], True, {"class_stride": 1, "grad_class_stride": 1}),
-            ("bf16", ROW_CONFIGS[3], False, {"class_stride": 1, "grad_class_stride": 1}),
+            ("bf16", ROW_CONFIGS[3], True, {"class_stride": 1, "grad_class_stride": 1}),
+            ("bf16", ROW_CONFIGS[2], False, {"class_stride": 1, "grad_class_stride": 1}),
             ("fp32", ROW_CONFIGS[-1], True, {"inner_stride": 1, "grad_inner_stride": 1}),
         ):
             names = kernel.fn.arg_names

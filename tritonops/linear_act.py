@@ -60,6 +60,8 @@ GEMM_CONFIGS_FP32 = [
     _gemm_config(64, 64, 32, 3, 4),
     _gemm_config(32, 32, 32, 3, 4),
 ]
+# What an epilogue needs registers for, next to an activation
+_HEAVY = ("residual_ptr", "seed_ptr", "preact_ptr")
 # BLOCK_K of every configuration divides it
 _K_MULTIPLE = 128
 _GEMM_INTERPRETED = _gemm_config(32, 32, 32, 1, 4)
@@ -68,8 +70,7 @@ _GEMM_INTERPRETED = _gemm_config(32, 32, 32, 1, 4)
 def gemm_configs(itemsize, light, limit):
     """The candidates that fit `limit` bytes of shared memory and, by compiling them, the registers.
 
-    Only a light epilogue (no activation, dropout or saved pre-activation) leaves room for more than
-    64 accumulators a thread.
+    Only a light epilogue (bias alone) leaves room for more than 64 accumulators a thread.
     """
     if INTERPRETED:
         return [_GEMM_INTERPRETED]
@@ -84,7 +85,7 @@ def gemm_configs(itemsize, light, limit):
 
 
 def _prune(configs, arguments, VALUE, **_):
-    light = VALUE is identity and arguments["seed_ptr"] is None and arguments["preact_ptr"] is None
+    light = VALUE is identity and all(arguments[name] is None for name in _HEAVY)
     allowed = gemm_configs(arguments["x_ptr"].element_size(), light, shared_limit())
     return [config for config in configs if config in allowed]
 
@@ -192,7 +193,7 @@ def _gemm(
 
     kernel, fixed = linear_act_forward_kernel, {}
     if not tuned:
-        fixed = gemm_configs(x.element_size(), True, shared_limit())[0].all_kwargs()
+        fixed = gemm_configs(x.element_size(), False, shared_limit())[0].all_kwargs()
         kernel = kernel.fn
     kernel[grid](
         x, w, bias, residual, seed if dropout_p else None, out, preact, m, n, k,
@@ -399,7 +400,7 @@ def aot():
     everything = ("x_ptr", "w_ptr", "bias_ptr", "residual_ptr", "out_ptr", "preact_ptr")
     ones = dict.fromkeys(("x_col", "w_col", "residual_col"), 1)
     for dtype, itemsize, activation, given, index, even in (
-        ("bf16", 2, "identity", ("x_ptr", "w_ptr", "residual_ptr", "out_ptr"), 0, True),
+        ("bf16", 2, "identity", ("x_ptr", "w_ptr", "bias_ptr", "out_ptr"), 0, True),
         ("bf16", 2, "gelu", everything, 0, True),
         ("bf16", 2, "gelu_tanh", everything, -1, False),
         ("fp16", 2, "geglu", everything, 0, True),

@@ -150,8 +150,12 @@ class _Gradients:
         if self.wants_bias:
             self.bias += column_sums(grad_logits)
 
-    def results(self, input_shape):
+    def results(self, input_shape, divisor=None):
         x, dtype = self.chunks.x, self.chunks.weight.dtype
+        wanted = [total for total in (self.input, self.weight, self.bias) if total is not None]
+        if divisor is not None:
+            for total in wanted:
+                total /= divisor
         return (
             self.input.view(input_shape) if self.wants_input else x.new_empty((0,)),
             self.weight.to(dtype) if self.wants_weight else x.new_empty((0,)),
@@ -184,6 +188,8 @@ def linear_cross_entropy_forward(
     total_weight = row_sums(row_weight, row_weight, mean=False)[1]
     wants_gradient = any(output_mask)
     gradients = _Gradients(chunks, output_mask) if wants_gradient else None
+    # A row's share of a mean is below float16's smallest numbers: divide the products instead.
+    late = reduction == "mean" and x.dtype == torch.float16
     for rows, logits in chunks:
         if not wants_gradient:
             loss[rows], lse[rows], _ = cross_entropy_forward(
@@ -193,14 +199,16 @@ def linear_cross_entropy_forward(
         loss_and_gradient_kernel[(logits.shape[0],)](
             logits, target[rows], class_weight, weight_sum, total_weight, loss[rows], lse[rows],
             classes, logits.stride(0), ignore_index, label_smoothing, z_loss, softcap,
-            MEAN=reduction == "mean", **switches, BLOCK=LOSS_GRADIENT_BLOCK,
+            MEAN=reduction == "mean" and not late, **switches, BLOCK=LOSS_GRADIENT_BLOCK,
             num_warps=LOSS_GRADIENT_WARPS,
         )  # fmt: skip
         gradients.add(rows, logits)
     reduced, _ = row_sums(loss, row_weight, reduction == "mean")
     result = loss.view(shape) if reduction == "none" else reduced
-    empty = tuple(x.new_empty((0,)) for _ in range(3))
-    grads = gradients.results(input.shape) if wants_gradient else empty
+    if wants_gradient:
+        grads = gradients.results(input.shape, total_weight if late else None)
+    else:
+        grads = tuple(x.new_empty((0,)) for _ in range(3))
     return result, lse.view(shape), total_weight, *grads
 
 
