@@ -1,0 +1,185 @@
+"""Exact attention in tiles, forward: out = softmax(softcap(scale q k^T) - alibi + mask) v, never
+S x S in memory. Dao, "FlashAttention-2" (2023), algorithm 1; online softmax of Milakov & Gimelshein.
+Work: a program owns BLOCK_M queries of one head and walks the key tiles of their band, those that
+  need no mask in a loop of their own; causal programs start with the longest rows.
+Memory: q, the running max m, sum l and out in registers; k and v stream through shared memory. GQA
+  and broadcast masks are strides, never copies.
+Numerics: fp32 sums, exp2; a hidden key has probability exactly 0, and one that no query of a tile
+  sees gives no NaN either. Dropout acts on the normalized probabilities, lse does not know of it.
+Limits: head dims up to 256, padded to a power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonops.attention_backward import attention_backward  # noqa: F401  (the family's other op)
+from tritonops.attention_tile import (
+    ADDITIVE_MASK,
+    UNSPECIALIZED,
+    autotuned,
+    bias_sees,
+    load_bias,
+    load_key_bias,
+    load_tile,
+    phase_bounds,
+    problem,
+    score_tile,
+    span,
+    store_tile,
+)
+from tritonops.philox import dropout_keep
+
+MAX_HEAD_DIM = 256
+
+
+@autotuned("forward")
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_forward_kernel(
+    query_ptr, key_ptr, value_ptr, mask_ptr, alibi_ptr, seed_ptr, sinks_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
+    stride_ab, stride_ah, stride_sb, stride_sh,
+    heads, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, tune_q, tune_k,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ALIBI: tl.constexpr,
+    SINKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(seq_q, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    plane = tl.program_id(0) // tiles
+    if HAS_HIGH:
+        tile = tiles - 1 - tile
+    first = tile * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, seq_q) - 1
+    head = plane % heads
+    b, h = (plane // heads).to(tl.int64), head.to(tl.int64)
+    query_ptr += b * stride_qb + h * stride_qh
+    key_ptr += b * stride_kb + h // GROUP * stride_kh
+    value_ptr += b * stride_vb + h // GROUP * stride_vh
+    row = first + tl.arange(0, BLOCK_M)
+    dropout_row = (b * heads + h) * seq_q + row
+
+    q = load_tile(
+        query_ptr, first, 0, seq_q, stride_qs, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True
+    )
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
+        slope *= 1.4426950408889634
+    # A sink is a key without a value: it opens the running maximum and sum.
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    if SINKS:
+        sink = tl.load(sinks_ptr + b * stride_sb + h * stride_sh).to(tl.float32)
+        m = tl.zeros([BLOCK_M], tl.float32) + sink * 1.4426950408889634
+        l += tl.where(sink == float("-inf"), 0.0, 1.0)  # noqa: E741
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    begin, start, full_start, full_end, end = span(
+        first, last, seq_k, low, high, HAS_LOW, HAS_HIGH, BLOCK_N
+    )
+    for phase in tl.static_range(0 if HAS_LOW else 1, 3):
+        tile_start, tile_end = phase_bounds(phase, start, full_start, full_end, end)
+        for n in tl.range(tile_start, tile_end, BLOCK_N):
+            col = n + tl.arange(0, BLOCK_N)
+            # S = q k^T
+            k = load_tile(
+                key_ptr, n, begin, end, stride_ks, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, phase != 1
+            )
+            qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+            bias = qk
+            if MASK:
+                mask_base = mask_ptr + b * stride_mb + h * stride_mh
+                if MASK_ROWS:
+                    bias = load_bias(
+                        mask_base, row[:, None], col[None, :], seq_q, seq_k, stride_mq, stride_mk,
+                        MASK,
+                    )  # fmt: skip
+                else:
+                    key_bias = load_key_bias(mask_base, col, seq_k, stride_mk, MASK)
+                    bias = key_bias[None, :]
+            s = score_tile(
+                qk, bias, row[:, None], col[None, :], slope, seq_k, low, high, shift, scale, cap,
+                not FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
+            )  # fmt: skip
+            # P = exp2(S - m), the sums so far scaled to the new maximum
+            if FOLD:
+                new_m = tl.maximum(m, tl.max(s, 1) * scale)
+            else:
+                new_m = tl.maximum(m, tl.max(s, 1))
+            subtract = new_m
+            if phase != 1 or MASK:
+                # A row that has seen no key yet: -inf - -inf would be NaN.
+                subtract = tl.where(new_m == float("-inf"), 0.0, new_m)
+            if FOLD:
+                p = tl.exp2(s * scale - subtract[:, None])
+            else:
+                p = tl.exp2(s - subtract[:, None])
+            correction = tl.exp2(m - subtract)
+            l = l * correction + tl.sum(p, 1)  # noqa: E741
+            m = new_m
+            if DROPOUT:
+                keep = dropout_keep(seed_ptr, threshold, dropout_row, n, seq_k, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            # O += P v
+            v = load_tile(
+                value_ptr, n, begin, end, stride_vs, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM,
+                phase != 1,
+            )  # fmt: skip
+            if MASK:
+                # 0 * NaN: a value that no query of this tile sees must not enter the product.
+                if MASK_ROWS:
+                    seen = tl.max(bias_sees(bias, MASK).to(tl.int32), 0) != 0
+                else:
+                    seen = bias_sees(key_bias, MASK)
+                v = tl.where(seen[:, None], v, 0.0)
+            acc = acc * correction[:, None]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+
+    empty = l == 0.0
+    if DROPOUT:
+        acc *= keep_scale
+    acc = acc / tl.where(empty, 1.0, l)[:, None]
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
+    plane = plane.to(tl.int64) * seq_q
+    store_tile(out_ptr + plane * VALUE_DIM, first, seq_q, acc, BLOCK_M, BLOCK_DV, VALUE_DIM)
+    tl.store(lse_ptr + plane + row, lse, mask=row < seq_q)
+
+
+def attention_forward(
+    query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, scale, softcap,
+    bottom_right, window_left, window_right,
+):  # fmt: skip
+    batch, heads, seq_q, _ = query.shape
+    out = query.new_empty((batch, heads, seq_q, value.shape[-1]))
+    lse = query.new_empty((batch, heads, seq_q), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    arguments = problem(
+        query, key, value, attn_mask, alibi_slopes, seed, dropout_p, scale, softcap,
+        bottom_right, window_left, window_right,
+    )  # fmt: skip
+    stride_sb, stride_sh = (0, 0) if sinks is None else sinks.expand(batch, heads).stride()
+    attention_forward_kernel[
+        lambda tile: (triton.cdiv(seq_q, tile["BLOCK_M"]) * batch * heads,)
+    ](
+        **arguments,
+        sinks_ptr=sinks, out_ptr=out, lse_ptr=lse, stride_sb=stride_sb, stride_sh=stride_sh,
+        SINKS=sinks is not None,
+        # max(scale q k^T) is scale max(q k^T): one multiplication less for each score
+        FOLD=not softcap
+        and alibi_slopes is None
+        and arguments["MASK"] != ADDITIVE_MASK
+        and scale > 0,
+    )  # fmt: skip
+    return out, lse
+
+
+def refusal(features: dict) -> str | None:
+    """Why these kernels cannot serve a call with `features`, or None when they can."""
+    for name in ("head_dim", "value_dim"):
+        if features.get(name, 0) > MAX_HEAD_DIM:
+            return f"Triton attention serves a {name} up to {MAX_HEAD_DIM}, got {features[name]}"
+    return None
