@@ -22,12 +22,14 @@ from tritonops.attention_tile import (
     load_bias,
     load_key_bias,
     load_tile,
+    narrow,
     phase_bounds,
     problem,
     score_tile,
     span,
     store_tile,
 )
+from tritonops.launch import dot
 from tritonops.philox import dropout_keep
 
 MAX_HEAD_DIM = 256
@@ -88,7 +90,7 @@ def attention_forward_kernel(
             k = load_tile(
                 key_ptr, n, begin, end, stride_ks, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, phase != 1
             )
-            qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+            qk = dot(q, tl.trans(k), None, "ieee")
             bias = qk
             if MASK:
                 mask_base = mask_ptr + b * stride_mb + h * stride_mh
@@ -136,7 +138,7 @@ def attention_forward_kernel(
                     seen = bias_sees(key_bias, MASK)
                 v = tl.where(seen[:, None], v, 0.0)
             acc = acc * correction[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            acc = dot(narrow(p, v.dtype), v, acc, "ieee")
 
     empty = l == 0.0
     if DROPOUT:

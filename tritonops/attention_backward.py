@@ -21,6 +21,7 @@ from tritonops.attention_tile import (
     load_bias,
     load_key_bias,
     load_tile,
+    narrow,
     phase_bounds,
     problem,
     score_tile,
@@ -28,6 +29,7 @@ from tritonops.attention_tile import (
     span,
     store_tile,
 )
+from tritonops.launch import dot
 from tritonops.philox import dropout_keep
 
 
@@ -123,7 +125,7 @@ def attention_backward_key_kernel(
                     query_base, i, begin, end, stride_qs, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM,
                     phase != 1,
                 )  # fmt: skip
-                qk = tl.dot(k, tl.trans(q), input_precision="ieee")
+                qk = dot(k, tl.trans(q), None, "ieee")
                 bias = qk
                 if MASK:
                     bias = key_bias[:, None]
@@ -154,10 +156,8 @@ def attention_backward_key_kernel(
                     grad_out_base, i, begin, end, stride_gs, stride_gd, BLOCK_M, BLOCK_DV,
                     VALUE_DIM, phase != 1,
                 )  # fmt: skip
-                grad_v = tl.dot(
-                    dropped.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee"
-                )
-                grad_p = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
+                grad_v = dot(narrow(dropped, grad_out.dtype), grad_out, grad_v, "ieee")
+                grad_p = dot(v, tl.trans(grad_out), None, "ieee")
                 if DROPOUT:
                     grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
                 # dS = P (dP - delta), 0 where hidden even if dP is NaN
@@ -167,7 +167,7 @@ def attention_backward_key_kernel(
                 if SOFTCAP:
                     grad_s *= softcap_slope(qk, scale)
                 # dK += dS^T q
-                grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision="ieee")
+                grad_k = dot(narrow(grad_s, q.dtype), q, grad_k, "ieee")
     if DROPOUT:
         grad_v *= keep_scale
     plane = plane.to(tl.int64) * seq_k
@@ -188,7 +188,7 @@ def _grad_score_tile(
     EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(q k^T, dS), queries x keys; dS is the gradient of what the softcap gives."""
-    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+    qk = dot(q, tl.trans(k), None, "ieee")
     if MASK == 0:
         bias = qk
     s = score_tile(
@@ -196,7 +196,7 @@ def _grad_score_tile(
         True, MASK, ALIBI, SOFTCAP, EDGE, HAS_LOW, HAS_HIGH,
     )  # fmt: skip
     p = tl.exp2(s - log2_lse[:, None])
-    grad_p = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+    grad_p = dot(grad_out, tl.trans(v), None, "ieee")
     if DROPOUT:
         keep = dropout_keep(seed_ptr, threshold, dropout_row, first_col, seq_k, BLOCK_N)
         grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
@@ -285,7 +285,7 @@ def attention_backward_query_kernel(
             if MASK:
                 # 0 * NaN, as in the forward
                 k = tl.where(seen[:, None], k, 0.0)
-            grad_q = tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision="ieee")
+            grad_q = dot(narrow(grad_s, k.dtype), k, grad_q, "ieee")
     store_tile(
         grad_query_ptr + rows_before * HEAD_DIM, first, seq_q, grad_q * grad_scale,
         BLOCK_M, BLOCK_D, HEAD_DIM,
@@ -386,7 +386,7 @@ def attention_backward_mask_kernel(
     offsets = (plane.to(tl.int64) * mask_q + row[:, None]) * mask_k + col[None, :]
     tl.store(
         grad_mask_ptr + offsets,
-        acc.to(grad_mask_ptr.dtype.element_ty),
+        narrow(acc, grad_mask_ptr.dtype.element_ty),
         mask=(row < mask_q)[:, None] & (col < mask_k)[None, :],
     )
 

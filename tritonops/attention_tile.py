@@ -8,12 +8,24 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonops import INTERPRETED
 from tritonops.activation import tanh, tanh_derivative
+from tritonops.launch import INTERPRETED
 from tritonops.philox import dropout_rate
 
 LOG2E = 1.4426950408889634
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """An fp32 block in DTYPE, rounded to nearest even."""
+    # The interpreter cuts the low half of a bfloat16 off.
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -46,9 +58,8 @@ def store_tile(
     col = tl.arange(0, COLS)
     base += tl.cast(start, tl.int64) * WIDTH
     inside = (start + row < size)[:, None] & (col < WIDTH)[None, :]
-    tl.store(
-        base + row[:, None] * WIDTH + col[None, :], tile.to(base.dtype.element_ty), mask=inside
-    )
+    tile = narrow(tile, base.dtype.element_ty)
+    tl.store(base + row[:, None] * WIDTH + col[None, :], tile, mask=inside)
 
 
 @triton.jit
