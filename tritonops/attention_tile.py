@@ -166,16 +166,16 @@ def phase_bounds(phase: tl.constexpr, start, full_start, full_end, end):
 TILES = {
     "forward": {
         (2, 64): [(128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)],
-        (2, 128): [(128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+        (2, 128): [(128, 64, 8, 3), (64, 64, 4, 2)],
         (2, 256): [(64, 32, 4, 2), (128, 64, 8, 2)],
         (4, 64): [(64, 32, 4, 2), (64, 64, 8, 2)],
         (4, 128): [(32, 32, 4, 2), (64, 32, 8, 2)],
         (4, 256): [(32, 16, 8, 1)],
     },
     "key": {
-        (2, 64): [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3)],
-        (2, 128): [(32, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2)],
-        (2, 256): [(32, 64, 8, 1), (64, 64, 8, 1)],
+        (2, 64): [(32, 64, 4, 3), (32, 128, 8, 2)],
+        (2, 128): [(32, 64, 8, 2), (32, 128, 8, 1)],
+        (2, 256): [(16, 64, 8, 1)],
         (4, 64): [(32, 32, 4, 2), (32, 64, 8, 2)],
         (4, 128): [(16, 32, 8, 1)],
         (4, 256): [(16, 16, 8, 1)],
@@ -295,3 +295,44 @@ def problem(
         "ALIBI": alibi_slopes is not None, "SOFTCAP": softcap != 0.0, "DROPOUT": dropout_p != 0.0,
         "HAS_LOW": has_low, "HAS_HIGH": has_high,
     }  # fmt: skip
+
+
+def ahead_of_time(kernel, dtype: str, head_dim: int, tile, pointers, mask="bool", **features):
+    """One kernel to compile without a device: (JITFunction, signature, constexprs, attrs, options).
+
+    `pointers` are the types of the kernel's own pointers; strides are those of contiguous tensors.
+    """
+    m, n, warps, stages = tile
+    mask_kind = {None: NO_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}[mask]
+    constexprs = {
+        "HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_D": _padded(head_dim),
+        "BLOCK_DV": _padded(head_dim), "GROUP": 1, "MASK": mask_kind, "MASK_ROWS": True,
+        "ALIBI": False, "SINKS": False, "SOFTCAP": False, "DROPOUT": False, "HAS_LOW": False,
+        "HAS_HIGH": True, "FOLD": True, "SUM_ROWS": False, "SUM_COLS": False,
+        "BLOCK_M": m, "BLOCK_N": n, **features,
+    }  # fmt: skip
+    types = {
+        "query_ptr": f"*{dtype}", "key_ptr": f"*{dtype}", "value_ptr": f"*{dtype}",
+        "mask_ptr": "*u8" if mask_kind == BOOL_MASK else f"*{dtype}", "alibi_ptr": "*fp32",
+        "seed_ptr": "*i64", "sinks_ptr": "*fp32", "grad_out_ptr": f"*{dtype}", "out_ptr": f"*{dtype}",
+        "lse_ptr": "*fp32", "delta_ptr": "*fp32", "log2_lse_ptr": "*fp32", "scale": "fp32",
+        "cap": "fp32", "keep_scale": "fp32", "grad_scale": "fp32", **pointers,
+    }  # fmt: skip
+    absent = {
+        "mask_ptr": mask_kind == NO_MASK, "alibi_ptr": not constexprs["ALIBI"],
+        "sinks_ptr": not constexprs["SINKS"], "seed_ptr": not constexprs["DROPOUT"],
+    }  # fmt: skip
+    signature, constants, attrs = {}, {}, {}
+    for index, name in enumerate(kernel.fn.arg_names):
+        signature[name] = types.get(name, "i32")
+        if name in constexprs:
+            constants[name] = constexprs[name]
+        elif absent.get(name, False):
+            constants[name] = None
+        elif name in ("stride_qd", "stride_kd", "stride_vd", "stride_gd", "stride_mk"):
+            constants[name] = 1
+        elif signature[name].startswith("*") or name.startswith("stride_"):
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        if name in constants:
+            signature[name] = "constexpr"
+    return kernel.fn, signature, constants, attrs, {"num_warps": warps, "num_stages": stages}
