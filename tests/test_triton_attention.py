@@ -41,7 +41,7 @@ class Case:
             if layout == "columns":
                 return tensor.transpose(2, 3).contiguous().transpose(2, 3)
             if layout == "offset":
-                return torch.cat([tensor[..., :1], tensor, tensor], -1)[..., 1 : 1 + tensor.size(-1)]
+                return torch.cat([tensor, tensor, tensor], -1)[..., 1 : 1 + tensor.size(-1)]
             return tensor
 
         heads_k = heads_k or heads
@@ -102,8 +102,7 @@ class Case:
             return tensor.detach().to(dtype).requires_grad_()
 
         query, key, value, mask, alibi, sinks = (
-            cast(t)
-            for t in (self.query, self.key, self.value, self.mask, self.alibi, self.sinks)
+            cast(t) for t in (self.query, self.key, self.value, self.mask, self.alibi, self.sinks)
         )
         bottom_right, left, right = self.band
         out, lse = reference.scaled_dot_product_attention(

@@ -1,5 +1,5 @@
 """Exact attention in tiles, forward: out = softmax(softcap(scale q k^T) - alibi + mask) v, never
-S x S in memory. Dao, "FlashAttention-2" (2023), algorithm 1; online softmax of Milakov & Gimelshein.
+S x S in memory. Dao, "FlashAttention-2" (2023), algorithm 1.
 Work: a program owns BLOCK_M queries of one head and walks the key tiles of their band, those that
   need no mask in a loop of their own; causal programs start with the longest rows.
 Memory: q, the running max m, sum l and out in registers; k and v stream through shared memory. GQA
@@ -15,21 +15,20 @@ import triton.language as tl
 
 from tritonops.attention_backward import attention_backward  # noqa: F401  (the family's other op)
 from tritonops.attention_tile import (
-    ADDITIVE_MASK,
     UNSPECIALIZED,
     autotuned,
     bias_sees,
+    exponential,
     load_bias,
     load_key_bias,
     load_tile,
-    narrow,
     phase_bounds,
     problem,
     score_tile,
     span,
     store_tile,
 )
-from tritonops.launch import dot
+from tritonops.launch import dot, rounded
 from tritonops.philox import dropout_keep
 
 MAX_HEAD_DIM = 256
@@ -69,13 +68,12 @@ def attention_forward_kernel(
     slope = 0.0
     if ALIBI:
         slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
-        slope *= 1.4426950408889634
     # A sink is a key without a value: it opens the running maximum and sum.
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     if SINKS:
         sink = tl.load(sinks_ptr + b * stride_sb + h * stride_sh).to(tl.float32)
-        m = tl.zeros([BLOCK_M], tl.float32) + sink * 1.4426950408889634
+        m = tl.zeros([BLOCK_M], tl.float32) + sink * (1.4426950408889634 if FOLD else 1.0)
         l += tl.where(sink == float("-inf"), 0.0, 1.0)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
@@ -104,22 +102,17 @@ def attention_forward_kernel(
                     bias = key_bias[None, :]
             s = score_tile(
                 qk, bias, row[:, None], col[None, :], slope, seq_k, low, high, shift, scale, cap,
-                not FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
+                FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
             )  # fmt: skip
-            # P = exp2(S - m), the sums so far scaled to the new maximum
-            if FOLD:
-                new_m = tl.maximum(m, tl.max(s, 1) * scale)
-            else:
-                new_m = tl.maximum(m, tl.max(s, 1))
+            # P = exp(S - m), the sums so far scaled to the new maximum
+            row_max = tl.max(s, 1) * scale if FOLD else tl.max(s, 1)
+            new_m = tl.maximum(m, row_max)
             subtract = new_m
             if phase != 1 or MASK:
                 # A row that has seen no key yet: -inf - -inf would be NaN.
                 subtract = tl.where(new_m == float("-inf"), 0.0, new_m)
-            if FOLD:
-                p = tl.exp2(s * scale - subtract[:, None])
-            else:
-                p = tl.exp2(s - subtract[:, None])
-            correction = tl.exp2(m - subtract)
+            p = exponential(s, subtract[:, None], scale, FOLD)
+            correction = tl.exp2((m - subtract) * (1.0 if FOLD else 1.4426950408889634))
             l = l * correction + tl.sum(p, 1)  # noqa: E741
             m = new_m
             if DROPOUT:
@@ -138,13 +131,15 @@ def attention_forward_kernel(
                     seen = bias_sees(key_bias, MASK)
                 v = tl.where(seen[:, None], v, 0.0)
             acc = acc * correction[:, None]
-            acc = dot(narrow(p, v.dtype), v, acc, "ieee")
+            acc = dot(rounded(p, v.dtype), v, acc, "ieee")
 
     empty = l == 0.0
     if DROPOUT:
         acc *= keep_scale
     acc = acc / tl.where(empty, 1.0, l)[:, None]
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
+    if FOLD:
+        m *= 0.6931471805599453
+    lse = tl.where(empty, float("-inf"), m + tl.log(tl.where(empty, 1.0, l)))
     plane = plane.to(tl.int64) * seq_q
     store_tile(out_ptr + plane * VALUE_DIM, first, seq_q, acc, BLOCK_M, BLOCK_DV, VALUE_DIM)
     tl.store(lse_ptr + plane + row, lse, mask=row < seq_q)
@@ -170,11 +165,6 @@ def attention_forward(
         **arguments,
         sinks_ptr=sinks, out_ptr=out, lse_ptr=lse, stride_sb=stride_sb, stride_sh=stride_sh,
         SINKS=sinks is not None,
-        # max(scale q k^T) is scale max(q k^T): one multiplication less for each score
-        FOLD=not softcap
-        and alibi_slopes is None
-        and arguments["MASK"] != ADDITIVE_MASK
-        and scale > 0,
     )  # fmt: skip
     return out, lse
 

@@ -2,8 +2,8 @@
   P = exp(S - lse), delta = rowsum(dO O) - d lse, dP = dO v^T, dS = P (dP - delta),
   dv = P^T dO, dk = scale dS^T q, dq = scale dS k, d mask = dS, d sink = -exp(sink - lse) delta.
   With dropout P is dropped in dv and dP is; with softcap dS gains 1 - tanh^2 after d mask.
-Work: delta first; then one program a key tile, which walks the queries of all heads of its GQA group
-  (dk, dv), one program a query tile (dq), one program a tile of the mask, which walks all batches,
+Work: delta first; then one program a key tile, which walks the queries of its GQA group (dk, dv),
+  one program a query tile (dq), one program a tile of the mask, which walks all batches,
   heads, rows or columns that the mask was broadcast over. No atomics: same inputs, same bits.
 Memory: delta and lse, O(S); P is made again in each kernel, the dropout mask drawn again.
 Numerics: fp32 sums; a hidden key contributes exactly 0, NaN or not. Limits: those of the forward.
@@ -15,13 +15,14 @@ import triton.language as tl
 
 from tritonops.attention_tile import (
     ADDITIVE_MASK,
+    LOG2E,
     UNSPECIALIZED,
     autotuned,
     bias_sees,
+    exponential,
     load_bias,
     load_key_bias,
     load_tile,
-    narrow,
     phase_bounds,
     problem,
     score_tile,
@@ -29,15 +30,15 @@ from tritonops.attention_tile import (
     span,
     store_tile,
 )
-from tritonops.launch import dot
+from tritonops.launch import dot, rounded
 from tritonops.philox import dropout_keep
 
 
 @triton.jit(do_not_specialize=("heads", "seq_q"))
 def attention_delta_kernel(
-    grad_out_ptr, grad_lse_ptr, out_ptr, lse_ptr, delta_ptr, log2_lse_ptr,
+    grad_out_ptr, grad_lse_ptr, out_ptr, lse_ptr, delta_ptr, row_lse_ptr,
     stride_gb, stride_gh, stride_gs, stride_gd, stride_ob, stride_oh, stride_os, stride_od,
-    stride_lb, stride_lh, stride_ls, stride_eb, stride_eh, stride_es, heads, seq_q,
+    stride_lb, stride_lh, stride_ls, stride_eb, stride_eh, stride_es, heads, seq_q, lse_scale,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(seq_q, BLOCK_M)
@@ -58,21 +59,19 @@ def attention_delta_kernel(
     if grad_lse_ptr is not None:
         grad_lse = grad_lse_ptr + b * stride_lb + h * stride_lh + row * stride_ls
         delta -= tl.load(grad_lse, mask=inside, other=0.0).to(tl.float32)
-    lse = tl.load(
-        lse_ptr + b * stride_eb + h * stride_eh + row * stride_es, mask=inside, other=0.0
-    )
-    # A row without a key: exp2(S - inf) is 0 whatever S is, and its delta is not to be heard of.
+    lse = tl.load(lse_ptr + b * stride_eb + h * stride_eh + row * stride_es, mask=inside, other=0.0)
+    # A row without a key: exp(S - inf) is 0 whatever S is, and its delta is not to be heard of.
     empty = lse == float("-inf")
     tl.store(delta_ptr + plane * seq_q + row, tl.where(empty, 0.0, delta), mask=inside)
-    log2_lse = tl.where(empty, float("inf"), lse * 1.4426950408889634)
-    tl.store(log2_lse_ptr + plane * seq_q + row, log2_lse, mask=inside)
+    row_lse = tl.where(empty, float("inf"), lse * lse_scale)
+    tl.store(row_lse_ptr + plane * seq_q + row, row_lse, mask=inside)
 
 
 @autotuned("key")
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_key_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, alibi_ptr, seed_ptr,
-    grad_out_ptr, delta_ptr, log2_lse_ptr, grad_key_ptr, grad_value_ptr,
+    grad_out_ptr, delta_ptr, row_lse_ptr, grad_key_ptr, grad_value_ptr,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
     stride_ab, stride_ah, stride_gb, stride_gh, stride_gs, stride_gd,
@@ -80,7 +79,8 @@ def attention_backward_key_kernel(
     grad_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Tiles lie transposed, keys x queries: P^T and dS^T are then the left factors of dv and dk.
@@ -113,7 +113,6 @@ def attention_backward_key_kernel(
         slope = 0.0
         if ALIBI:
             slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
-            slope *= 1.4426950408889634
         if MASK:
             mask_base = mask_ptr + b * stride_mb + h * stride_mh
             key_bias = load_key_bias(mask_base, col, seq_k, stride_mk, MASK)
@@ -136,19 +135,17 @@ def attention_backward_key_kernel(
                         )  # fmt: skip
                 s = score_tile(
                     qk, bias, row[None, :], col[:, None], slope, seq_k, low, high, shift,
-                    scale, cap, True, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
+                    scale, cap, FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
-                log2_lse = tl.load(
-                    log2_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf")
+                row_lse = tl.load(
+                    row_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf")
                 )
                 delta = tl.load(delta_ptr + rows_before + row, mask=row < seq_q, other=0.0)
-                p = tl.exp2(s - log2_lse[None, :])
+                p = exponential(s, row_lse[None, :], scale, FOLD)
                 dropped = p
                 if DROPOUT:
                     keep = tl.trans(
-                        dropout_keep(
-                            seed_ptr, threshold, rows_before + row, first, seq_k, BLOCK_N
-                        )
+                        dropout_keep(seed_ptr, threshold, rows_before + row, first, seq_k, BLOCK_N)
                     )
                     dropped = tl.where(keep, p, 0.0)
                 # dV += P^T dO
@@ -156,7 +153,7 @@ def attention_backward_key_kernel(
                     grad_out_base, i, begin, end, stride_gs, stride_gd, BLOCK_M, BLOCK_DV,
                     VALUE_DIM, phase != 1,
                 )  # fmt: skip
-                grad_v = dot(narrow(dropped, grad_out.dtype), grad_out, grad_v, "ieee")
+                grad_v = dot(rounded(dropped, grad_out.dtype), grad_out, grad_v, "ieee")
                 grad_p = dot(v, tl.trans(grad_out), None, "ieee")
                 if DROPOUT:
                     grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
@@ -167,7 +164,7 @@ def attention_backward_key_kernel(
                 if SOFTCAP:
                     grad_s *= softcap_slope(qk, scale)
                 # dK += dS^T q
-                grad_k = dot(narrow(grad_s, q.dtype), q, grad_k, "ieee")
+                grad_k = dot(rounded(grad_s, q.dtype), q, grad_k, "ieee")
     if DROPOUT:
         grad_v *= keep_scale
     plane = plane.to(tl.int64) * seq_k
@@ -182,10 +179,11 @@ def attention_backward_key_kernel(
 
 @triton.jit
 def _grad_score_tile(
-    q, k, v, grad_out, bias, row, col, first_col, slope, log2_lse, delta, seed_ptr, dropout_row,
+    q, k, v, grad_out, bias, row, col, first_col, slope, row_lse, delta, seed_ptr, dropout_row,
     seq_k, low, high, shift, scale, cap, threshold, keep_scale,
-    MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(q k^T, dS), queries x keys; dS is the gradient of what the softcap gives."""
     qk = dot(q, tl.trans(k), None, "ieee")
@@ -193,9 +191,9 @@ def _grad_score_tile(
         bias = qk
     s = score_tile(
         qk, bias, row[:, None], col[None, :], slope, seq_k, low, high, shift, scale, cap,
-        True, MASK, ALIBI, SOFTCAP, EDGE, HAS_LOW, HAS_HIGH,
+        FOLD, MASK, ALIBI, SOFTCAP, EDGE, HAS_LOW, HAS_HIGH,
     )  # fmt: skip
-    p = tl.exp2(s - log2_lse[:, None])
+    p = exponential(s, row_lse[:, None], scale, FOLD)
     grad_p = dot(grad_out, tl.trans(v), None, "ieee")
     if DROPOUT:
         keep = dropout_keep(seed_ptr, threshold, dropout_row, first_col, seq_k, BLOCK_N)
@@ -210,7 +208,7 @@ def _grad_score_tile(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_query_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, alibi_ptr, seed_ptr,
-    grad_out_ptr, delta_ptr, log2_lse_ptr, grad_query_ptr,
+    grad_out_ptr, delta_ptr, row_lse_ptr, grad_query_ptr,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
     stride_ab, stride_ah, stride_gb, stride_gh, stride_gs, stride_gd,
@@ -218,7 +216,8 @@ def attention_backward_query_kernel(
     grad_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(seq_q, BLOCK_M)
@@ -241,12 +240,11 @@ def attention_backward_query_kernel(
         grad_out_ptr + b * stride_gb + h * stride_gh, first, 0, seq_q, stride_gs, stride_gd,
         BLOCK_M, BLOCK_DV, VALUE_DIM, True,
     )  # fmt: skip
-    log2_lse = tl.load(log2_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf"))
+    row_lse = tl.load(row_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf"))
     delta = tl.load(delta_ptr + rows_before + row, mask=row < seq_q, other=0.0)
     slope = 0.0
     if ALIBI:
         slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
-        slope *= 1.4426950408889634
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, start, full_start, full_end, end = span(
         first, last, seq_k, low, high, HAS_LOW, HAS_HIGH, BLOCK_N
@@ -262,7 +260,7 @@ def attention_backward_query_kernel(
                 value_ptr, n, begin, end, stride_vs, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM,
                 phase != 1,
             )  # fmt: skip
-            bias = log2_lse
+            bias = row_lse
             if MASK:
                 mask_base = mask_ptr + b * stride_mb + h * stride_mh
                 if MASK_ROWS:
@@ -276,16 +274,16 @@ def attention_backward_query_kernel(
                     bias = key_bias[None, :]
                     seen = bias_sees(key_bias, MASK)
             qk, grad_s = _grad_score_tile(
-                q, k, v, grad_out, bias, row, col, n, slope, log2_lse, delta, seed_ptr,
+                q, k, v, grad_out, bias, row, col, n, slope, row_lse, delta, seed_ptr,
                 rows_before + row, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
-                MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
+                FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
             if SOFTCAP:
                 grad_s *= softcap_slope(qk, scale)
             if MASK:
                 # 0 * NaN, as in the forward
                 k = tl.where(seen[:, None], k, 0.0)
-            grad_q = dot(narrow(grad_s, k.dtype), k, grad_q, "ieee")
+            grad_q = dot(rounded(grad_s, k.dtype), k, grad_q, "ieee")
     store_tile(
         grad_query_ptr + rows_before * HEAD_DIM, first, seq_q, grad_q * grad_scale,
         BLOCK_M, BLOCK_D, HEAD_DIM,
@@ -296,7 +294,7 @@ def attention_backward_query_kernel(
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "batches", "mask_b", "mask_h", "mask_q", "mask_k"))
 def attention_backward_mask_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, alibi_ptr, seed_ptr,
-    grad_out_ptr, delta_ptr, log2_lse_ptr, grad_mask_ptr,
+    grad_out_ptr, delta_ptr, row_lse_ptr, grad_mask_ptr,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
     stride_ab, stride_ah, stride_gb, stride_gh, stride_gs, stride_gd,
@@ -304,7 +302,8 @@ def attention_backward_mask_kernel(
     batches, mask_b, mask_h, mask_q, mask_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
     SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -354,22 +353,19 @@ def attention_backward_mask_kernel(
                 stride_gs, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True,
             )  # fmt: skip
             rows_before = (b * heads + h) * seq_q
-            log2_lse = tl.load(
-                log2_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf")
-            )
+            row_lse = tl.load(row_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + rows_before + row, mask=row < seq_q, other=0.0)
             slope = 0.0
             if ALIBI:
                 slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
-                slope *= 1.4426950408889634
             bias = load_bias(
                 mask_ptr + b * stride_mb + h * stride_mh, row[:, None], col[None, :],
                 seq_q, seq_k, stride_mq, stride_mk, MASK,
             )  # fmt: skip
             _, grad_s = _grad_score_tile(
-                q, k, v, grad_out, bias, row, col, first_col, slope, log2_lse, delta, seed_ptr,
+                q, k, v, grad_out, bias, row, col, first_col, slope, row_lse, delta, seed_ptr,
                 rows_before + row, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
-                MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, BLOCK_N,
+                FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
             acc += grad_s
 
@@ -386,7 +382,7 @@ def attention_backward_mask_kernel(
     offsets = (plane.to(tl.int64) * mask_q + row[:, None]) * mask_k + col[None, :]
     tl.store(
         grad_mask_ptr + offsets,
-        narrow(acc, grad_mask_ptr.dtype.element_ty),
+        rounded(acc, grad_mask_ptr.dtype.element_ty),
         mask=(row < mask_q)[:, None] & (col < mask_k)[None, :],
     )
 
@@ -425,22 +421,23 @@ def attention_backward(
     heads_k, seq_k = key.shape[1:3]
     skipped = query.new_empty((0,))
     delta = query.new_empty((batch, heads, seq_q), dtype=torch.float32)
-    log2_lse = torch.empty_like(delta)
-    if delta.numel():
-        grad_lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-        attention_delta_kernel[(triton.cdiv(seq_q, DELTA_ROWS) * batch * heads,)](
-            grad_out, grad_lse, out, lse, delta, log2_lse,
-            *grad_out.stride(), *out.stride(), *grad_lse_strides, *lse.stride(), heads, seq_q,
-            VALUE_DIM=value.shape[-1],
-            BLOCK_DV=max(16, triton.next_power_of_2(value.shape[-1])),
-            BLOCK_M=DELTA_ROWS,
-        )  # fmt: skip
+    row_lse = torch.empty_like(delta)
     arguments = problem(
         query, key, value, attn_mask, alibi_slopes, seed, dropout_p, scale, softcap,
         bottom_right, window_left, window_right,
     )  # fmt: skip
+    if delta.numel():
+        grad_lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
+        attention_delta_kernel[(triton.cdiv(seq_q, DELTA_ROWS) * batch * heads,)](
+            grad_out, grad_lse, out, lse, delta, row_lse,
+            *grad_out.stride(), *out.stride(), *grad_lse_strides, *lse.stride(), heads, seq_q,
+            LOG2E if arguments["FOLD"] else 1.0,
+            VALUE_DIM=value.shape[-1],
+            BLOCK_DV=max(16, triton.next_power_of_2(value.shape[-1])),
+            BLOCK_M=DELTA_ROWS,
+        )  # fmt: skip
     arguments |= {
-        "grad_out_ptr": grad_out, "delta_ptr": delta, "log2_lse_ptr": log2_lse,
+        "grad_out_ptr": grad_out, "delta_ptr": delta, "row_lse_ptr": row_lse,
         "stride_gb": grad_out.stride(0), "stride_gh": grad_out.stride(1),
         "stride_gs": grad_out.stride(2), "stride_gd": grad_out.stride(3),
     }  # fmt: skip

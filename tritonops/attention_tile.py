@@ -1,7 +1,8 @@
-"""What the attention kernels share: one tile of scores, the keys a band lets a tile see, tile sizes.
+"""What the attention kernels share: a tile of scores, the keys that a band shows it, tile sizes.
 
-Scores are kept in units of log2, so that exp2 needs no further multiplication. A hidden score is
--inf, and its probability is exactly 0.
+Scores S are of two kinds: where nothing is added to q k^T and nothing bends it (FOLD), S is q k^T
+itself and `scale` holds log2(e), so that exp2(S scale - m) is one multiply-add; elsewhere S is the
+natural score. A hidden score is -inf, and its probability is exactly 0.
 """
 
 import torch
@@ -9,23 +10,11 @@ import triton
 import triton.language as tl
 
 from tritonops.activation import tanh, tanh_derivative
-from tritonops.launch import INTERPRETED
+from tritonops.launch import configurations, rounded
 from tritonops.philox import dropout_rate
 
 LOG2E = 1.4426950408889634
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """An fp32 block in DTYPE, rounded to nearest even."""
-    # The interpreter cuts the low half of a bfloat16 off.
-    if _INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -58,20 +47,17 @@ def store_tile(
     col = tl.arange(0, COLS)
     base += tl.cast(start, tl.int64) * WIDTH
     inside = (start + row < size)[:, None] & (col < WIDTH)[None, :]
-    tile = narrow(tile, base.dtype.element_ty)
+    tile = rounded(tile, base.dtype.element_ty)
     tl.store(base + row[:, None] * WIDTH + col[None, :], tile, mask=inside)
 
 
 @triton.jit
 def load_bias(base, row, col, seq_q, seq_k, stride_q, stride_k, MASK: tl.constexpr):
-    """The mask at (row, col): bool stays a number, additive is turned to units of log2.
-
-    `row` and `col` broadcast to the tile, whichever way it lies.
-    """
+    """The mask at (row, col), which broadcast to the tile, whichever way it lies."""
     pointers = base + row.to(tl.int64) * stride_q + col.to(tl.int64) * stride_k
     bias = tl.load(pointers, mask=(row < seq_q) & (col < seq_k), other=0)
     if MASK == 2:
-        bias = bias.to(tl.float32) * 1.4426950408889634
+        bias = bias.to(tl.float32)
     return bias
 
 
@@ -80,7 +66,7 @@ def load_key_bias(base, col, seq_k, stride_k, MASK: tl.constexpr):
     """The same for a mask that is one row for all queries."""
     bias = tl.load(base + col.to(tl.int64) * stride_k, mask=col < seq_k, other=0)
     if MASK == 2:
-        bias = bias.to(tl.float32) * 1.4426950408889634
+        bias = bias.to(tl.float32)
     return bias
 
 
@@ -95,16 +81,16 @@ def bias_sees(bias, MASK: tl.constexpr):
 @triton.jit
 def score_tile(
     qk, bias, row, col, slope, seq_k, low, high, shift, scale, cap,
-    SCALED: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+    FOLD: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
     EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile of q k^T, in units of log2 (or q k^T itself where not `SCALED`)."""
+    """The scores S of a tile of q k^T."""
     if SOFTCAP:
         s = cap * tanh(qk * scale)
-    elif SCALED:
-        s = qk * scale
-    else:
+    elif FOLD:
         s = qk
+    else:
+        s = qk * scale
     if ALIBI:
         s -= slope * tl.abs(row + shift - col).to(tl.float32)
     if MASK == 1:
@@ -120,6 +106,15 @@ def score_tile(
             visible = visible & (col - row <= high)
         s = tl.where(visible, s, float("-inf"))
     return s
+
+
+@triton.jit
+def exponential(s, m, scale, FOLD: tl.constexpr):
+    """exp(S - m), m being in units of log2 where FOLD."""
+    if FOLD:
+        return tl.exp2(s * scale - m)
+    else:
+        return tl.exp2((s - m) * 1.4426950408889634)
 
 
 @triton.jit
@@ -161,8 +156,8 @@ def phase_bounds(phase: tl.constexpr, start, full_start, full_end, end):
         return tl.maximum(full_start, full_end), end
 
 
-# Tiles by kernel, by bytes of an element, by padded head dim (the largest of D and Dv, at least 64):
-# (BLOCK_M, BLOCK_N, warps, stages). The first of a list fits every device from sm_80 on.
+# Tiles (BLOCK_M, BLOCK_N, warps, stages) by kernel, bytes of an element and padded head dim (the
+# largest of D and Dv, at least 64). The first of a row fits every device from sm_80 on.
 TILES = {
     "forward": {
         (2, 64): [(128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)],
@@ -212,9 +207,7 @@ def _config(tile):
 def autotuned(kind: str):
     """The autotuner of one kernel: the few tiles of its table row, one under the interpreter."""
     table = TILES[kind]
-    tiles = [INTERPRETER_TILE]
-    if not INTERPRETED:
-        tiles = sorted({tile for row in table.values() for tile in row})
+    tiles = sorted({tile for row in table.values() for tile in row})
 
     def prune(configs, arguments, **named):
         named = {**arguments, **named}
@@ -227,7 +220,7 @@ def autotuned(kind: str):
         return [config for config in configs if str(config) in wanted]
 
     return triton.autotune(
-        configs=[_config(tile) for tile in tiles],
+        configs=configurations([_config(tile) for tile in tiles], _config(INTERPRETER_TILE)),
         key=["tune_q", "tune_k", "BLOCK_D", "BLOCK_DV", "GROUP", "MASK", "MASK_ROWS", "ALIBI",
              "SOFTCAP", "DROPOUT", "HAS_LOW", "HAS_HIGH"],
         prune_configs_by={"early_config_prune": prune},
@@ -270,6 +263,8 @@ def problem(
     has_low = 0 <= window_left < seq_q - 1 + shift
     has_high = 0 <= window_right < seq_k - 1 - shift
     threshold, keep_scale = dropout_rate(dropout_p)
+    # max(scale q k^T) is scale max(q k^T) only for a positive scale.
+    fold = not softcap and alibi_slopes is None and mask_kind != ADDITIVE_MASK and scale > 0
     arguments = {
         "query_ptr": query, "key_ptr": key, "value_ptr": value,
         "mask_ptr": mask, "alibi_ptr": alibi_slopes, "seed_ptr": seed if dropout_p else None,
@@ -286,14 +281,14 @@ def problem(
         "low": shift - window_left if has_low else 0,
         "high": shift + window_right if has_high else 0,
         "shift": shift,
-        "scale": scale / softcap if softcap else scale * LOG2E, "cap": softcap * LOG2E,
+        "scale": scale / softcap if softcap else scale * LOG2E if fold else scale, "cap": softcap,
         "threshold": threshold, "keep_scale": keep_scale,
         "tune_q": triton.next_power_of_2(seq_q), "tune_k": triton.next_power_of_2(seq_k),
         "HEAD_DIM": head_dim, "VALUE_DIM": value.shape[-1],
         "BLOCK_D": _padded(head_dim), "BLOCK_DV": _padded(value.shape[-1]),
         "GROUP": heads // heads_k, "MASK": mask_kind, "MASK_ROWS": mask_strides[2] != 0,
         "ALIBI": alibi_slopes is not None, "SOFTCAP": softcap != 0.0, "DROPOUT": dropout_p != 0.0,
-        "HAS_LOW": has_low, "HAS_HIGH": has_high,
+        "FOLD": fold, "HAS_LOW": has_low, "HAS_HIGH": has_high,
     }  # fmt: skip
 
 
@@ -314,9 +309,9 @@ def ahead_of_time(kernel, dtype: str, head_dim: int, tile, pointers, mask="bool"
     types = {
         "query_ptr": f"*{dtype}", "key_ptr": f"*{dtype}", "value_ptr": f"*{dtype}",
         "mask_ptr": "*u8" if mask_kind == BOOL_MASK else f"*{dtype}", "alibi_ptr": "*fp32",
-        "seed_ptr": "*i64", "sinks_ptr": "*fp32", "grad_out_ptr": f"*{dtype}", "out_ptr": f"*{dtype}",
-        "lse_ptr": "*fp32", "delta_ptr": "*fp32", "log2_lse_ptr": "*fp32", "scale": "fp32",
-        "cap": "fp32", "keep_scale": "fp32", "grad_scale": "fp32", **pointers,
+        "seed_ptr": "*i64", "sinks_ptr": "*fp32", "grad_out_ptr": f"*{dtype}",
+        "out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "row_lse_ptr": "*fp32",
+        "scale": "fp32", "cap": "fp32", "keep_scale": "fp32", "grad_scale": "fp32", **pointers,
     }  # fmt: skip
     absent = {
         "mask_ptr": mask_kind == NO_MASK, "alibi_ptr": not constexprs["ALIBI"],
