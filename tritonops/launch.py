@@ -1,4 +1,4 @@
-"""What kernels and launchers share: the interpreter, the tuner's candidates, products, roundings."""
+"""What kernels and launchers share: the interpreter, the tuner's candidates, dot, rounding."""
 
 import os
 
@@ -10,7 +10,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # Shared memory one block may use on the smallest target, sm_80 (opt-in limit).
-_SHARED_SM80 = 166912
+SHARED_SM80 = 166912
 
 
 def configurations(on_gpu, interpreted):
@@ -21,7 +21,7 @@ def configurations(on_gpu, interpreted):
 def shared_limit() -> int:
     """Shared memory in bytes that one block may use on the current device."""
     if INTERPRETED:
-        return _SHARED_SM80
+        return SHARED_SM80
     driver = triton.runtime.driver.active
     return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
 
@@ -50,3 +50,27 @@ def rounded(x, DTYPE: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
+
+
+_FLOATS = ("scale", "smoothing", "z_loss", "softcap")
+
+
+def aot_case(kernel, pointers, constexprs, config, aligned=True):
+    """A launch to compile ahead of time: (kernel, signature, constexprs, options).
+
+    Pointers that are not named are None, floats are known by name, and every other argument is an
+    int32, a multiple of 16 if `aligned` (":16" in the signature, as Triton's own tools write it).
+    """
+    kernel = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
+    constexprs = {**constexprs, **config.kwargs}
+    suffix = ":16" if aligned else ""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in pointers:
+            signature[name] = pointers[name] + suffix
+        elif name.endswith("_ptr"):
+            constexprs[name] = None
+        elif name not in constexprs:
+            signature[name] = "fp32" if name in _FLOATS else "i32" + suffix
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return kernel, signature, constexprs, options
