@@ -13,9 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonops.attention_backward import attention_backward  # noqa: F401  (the family's other op)
+from tritonops.attention_backward import (
+    DELTA_ROWS,
+    attention_backward,  # noqa: F401  (the family's other op)
+    attention_backward_key_kernel,
+    attention_backward_mask_kernel,
+    attention_backward_query_kernel,
+    attention_delta_kernel,
+)
 from tritonops.attention_tile import (
+    ADDITIVE_MASK,
+    TILES,
     UNSPECIALIZED,
+    aot_case,
     autotuned,
     bias_sees,
     exponential,
@@ -167,6 +177,30 @@ def attention_forward(
         SINKS=sinks is not None,
     )  # fmt: skip
     return out, lse
+
+
+KERNELS = {
+    "forward": (attention_forward_kernel, ()),
+    "key": (attention_backward_key_kernel, ("grad_key_ptr", "grad_value_ptr")),
+    "query": (attention_backward_query_kernel, ("grad_query_ptr",)),
+    "mask": (attention_backward_mask_kernel, ("grad_mask_ptr",)),
+}
+
+
+def aot():
+    """Launches to compile ahead of time: the largest tile of each width, and every feature once."""
+    everything = {
+        "MASK": ADDITIVE_MASK, "mask_type": "fp32", "ALIBI": True, "SINKS": True, "SOFTCAP": True,
+        "DROPOUT": True, "FOLD": False, "HAS_LOW": True, "GROUP": 4,
+    }  # fmt: skip
+    for kind, (kernel, pointers) in KERNELS.items():
+        plain = {"MASK": ADDITIVE_MASK, "FOLD": False} if kind == "mask" else {}
+        for head_dim in (64, 128, 256):
+            tile = max(TILES[kind][2, head_dim], key=lambda tile: tile[0] * tile[1])
+            yield aot_case(kernel.fn, tile, "bf16", head_dim, pointers, "bf16", **plain)
+        yield aot_case(kernel.fn, TILES[kind][4, 64][0], "fp32", 64, pointers, "fp32", **plain)
+        yield aot_case(kernel.fn, TILES[kind][2, 64][0], "fp16", 48, pointers, **everything)
+    yield aot_case(attention_delta_kernel, (DELTA_ROWS, 0, 4, 1), "bf16", 128)
 
 
 def refusal(features: dict) -> str | None:

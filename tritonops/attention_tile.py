@@ -292,42 +292,37 @@ def problem(
     }  # fmt: skip
 
 
-def ahead_of_time(kernel, dtype: str, head_dim: int, tile, pointers, mask="bool", **features):
-    """One kernel to compile without a device: (JITFunction, signature, constexprs, attrs, options).
+def aot_case(kernel, tile, dtype, head_dim, pointers=(), mask_type=None, **features):
+    """A launch to compile ahead of time: (kernel, signature, constexprs, options), rows contiguous.
 
-    `pointers` are the types of the kernel's own pointers; strides are those of contiguous tensors.
+    `pointers` are the kernel's own pointers to elements of `dtype`; without features it is causal.
     """
-    m, n, warps, stages = tile
-    mask_kind = {None: NO_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}[mask]
     constexprs = {
         "HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_D": _padded(head_dim),
-        "BLOCK_DV": _padded(head_dim), "GROUP": 1, "MASK": mask_kind, "MASK_ROWS": True,
-        "ALIBI": False, "SINKS": False, "SOFTCAP": False, "DROPOUT": False, "HAS_LOW": False,
-        "HAS_HIGH": True, "FOLD": True, "SUM_ROWS": False, "SUM_COLS": False,
-        "BLOCK_M": m, "BLOCK_N": n, **features,
+        "BLOCK_DV": _padded(head_dim), "GROUP": 1, "MASK": NO_MASK, "MASK_ROWS": True,
+        "ALIBI": False, "SINKS": False, "SOFTCAP": False, "DROPOUT": False, "FOLD": True,
+        "HAS_LOW": False, "HAS_HIGH": True, "SUM_ROWS": False, "SUM_COLS": False,
+        "BLOCK_M": tile[0], "BLOCK_N": tile[1], **features,
     }  # fmt: skip
-    types = {
-        "query_ptr": f"*{dtype}", "key_ptr": f"*{dtype}", "value_ptr": f"*{dtype}",
-        "mask_ptr": "*u8" if mask_kind == BOOL_MASK else f"*{dtype}", "alibi_ptr": "*fp32",
-        "seed_ptr": "*i64", "sinks_ptr": "*fp32", "grad_out_ptr": f"*{dtype}",
-        "out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "row_lse_ptr": "*fp32",
-        "scale": "fp32", "cap": "fp32", "keep_scale": "fp32", "grad_scale": "fp32", **pointers,
-    }  # fmt: skip
-    absent = {
-        "mask_ptr": mask_kind == NO_MASK, "alibi_ptr": not constexprs["ALIBI"],
-        "sinks_ptr": not constexprs["SINKS"], "seed_ptr": not constexprs["DROPOUT"],
-    }  # fmt: skip
-    signature, constants, attrs = {}, {}, {}
-    for index, name in enumerate(kernel.fn.arg_names):
-        signature[name] = types.get(name, "i32")
+    elements = ("query_ptr", "key_ptr", "value_ptr", "grad_out_ptr", "out_ptr", *pointers)
+    types = dict.fromkeys(elements, f"*{dtype}:16")
+    types |= dict.fromkeys(("delta_ptr", "row_lse_ptr", "lse_ptr"), "*fp32:16")
+    types |= dict.fromkeys(("scale", "cap", "keep_scale", "grad_scale", "lse_scale"), "fp32")
+    if constexprs["MASK"]:
+        types["mask_ptr"] = f"*{mask_type or 'u8'}:16"
+    types |= {"alibi_ptr": "*fp32:16"} if constexprs["ALIBI"] else {}
+    types |= {"sinks_ptr": "*fp32:16"} if constexprs["SINKS"] else {}
+    types |= {"seed_ptr": "*i64:16"} if constexprs["DROPOUT"] else {}
+    signature, constants = {}, {}
+    for name in kernel.arg_names:
         if name in constexprs:
             constants[name] = constexprs[name]
-        elif absent.get(name, False):
+        elif name in types:
+            signature[name] = types[name]
+        elif name.endswith("_ptr"):
             constants[name] = None
-        elif name in ("stride_qd", "stride_kd", "stride_vd", "stride_gd", "stride_mk"):
+        elif name in ("stride_qd", "stride_kd", "stride_vd", "stride_gd", "stride_od", "stride_mk"):
             constants[name] = 1
-        elif signature[name].startswith("*") or name.startswith("stride_"):
-            attrs[(index,)] = [["tt.divisibility", 16]]
-        if name in constants:
-            signature[name] = "constexpr"
-    return kernel.fn, signature, constants, attrs, {"num_warps": warps, "num_stages": stages}
+        else:
+            signature[name] = "i32:16" if name.startswith("stride_") else "i32"
+    return kernel, signature, constants, {"num_warps": tile[2], "num_stages": tile[3]}
