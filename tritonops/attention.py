@@ -111,8 +111,8 @@ def attention_forward_kernel(
                     key_bias = load_key_bias(mask_base, col, seq_k, stride_mk, MASK)
                     bias = key_bias[None, :]
             s = score_tile(
-                qk, bias, row[:, None], col[None, :], slope, seq_k, low, high, shift, scale, cap,
-                FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
+                qk, bias, row[:, None], col[None, :], slope, seq_q, seq_k, low, high, shift, scale,
+                cap, FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
             )  # fmt: skip
             # P = exp(S - m), the sums so far scaled to the new maximum
             row_max = tl.max(s, 1) * scale if FOLD else tl.max(s, 1)

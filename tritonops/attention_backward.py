@@ -134,7 +134,7 @@ def attention_backward_key_kernel(
                             stride_mq, stride_mk, MASK,
                         )  # fmt: skip
                 s = score_tile(
-                    qk, bias, row[None, :], col[:, None], slope, seq_k, low, high, shift,
+                    qk, bias, row[None, :], col[:, None], slope, seq_q, seq_k, low, high, shift,
                     scale, cap, FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
                 row_lse = tl.load(
@@ -180,7 +180,7 @@ def attention_backward_key_kernel(
 @triton.jit
 def _grad_score_tile(
     q, k, v, grad_out, bias, row, col, first_col, slope, row_lse, delta, seed_ptr, dropout_row,
-    seq_k, low, high, shift, scale, cap, threshold, keep_scale,
+    seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
     FOLD: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -190,7 +190,7 @@ def _grad_score_tile(
     if MASK == 0:
         bias = qk
     s = score_tile(
-        qk, bias, row[:, None], col[None, :], slope, seq_k, low, high, shift, scale, cap,
+        qk, bias, row[:, None], col[None, :], slope, seq_q, seq_k, low, high, shift, scale, cap,
         FOLD, MASK, ALIBI, SOFTCAP, EDGE, HAS_LOW, HAS_HIGH,
     )  # fmt: skip
     p = exponential(s, row_lse[:, None], scale, FOLD)
@@ -275,8 +275,8 @@ def attention_backward_query_kernel(
                     seen = bias_sees(key_bias, MASK)
             qk, grad_s = _grad_score_tile(
                 q, k, v, grad_out, bias, row, col, n, slope, row_lse, delta, seed_ptr,
-                rows_before + row, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
-                FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
+                rows_before + row, seq_q, seq_k, low, high, shift, scale, cap, threshold,
+                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
             if SOFTCAP:
                 grad_s *= softcap_slope(qk, scale)
@@ -364,8 +364,8 @@ def attention_backward_mask_kernel(
             )  # fmt: skip
             _, grad_s = _grad_score_tile(
                 q, k, v, grad_out, bias, row, col, first_col, slope, row_lse, delta, seed_ptr,
-                rows_before + row, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
-                FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, BLOCK_N,
+                rows_before + row, seq_q, seq_k, low, high, shift, scale, cap, threshold,
+                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
             acc += grad_s
 
