@@ -276,7 +276,8 @@ def attention_backward_query_kernel(
             qk, grad_s = _grad_score_tile(
                 q, k, v, grad_out, bias, row, col, n, slope, row_lse, delta, seed_ptr,
                 rows_before + row, seq_q, seq_k, low, high, shift, scale, cap, threshold,
-                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
+                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH,
+                BLOCK_N,
             )  # fmt: skip
             if SOFTCAP:
                 grad_s *= softcap_slope(qk, scale)
