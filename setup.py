@@ -87,7 +87,7 @@ def ninja_file(torch, build_dir, output):
     ]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     common = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -DNDEBUG {abi}"
-    warnings = "-Wall -Wno-sign-compare -Wno-unknown-pragmas -Wno-psabi"
+    warnings = "-Wall -Wno-sign-compare -Wno-unknown-pragmas -Wno-psabi -Wno-maybe-uninitialized"
     libraries = ["c10", "torch_cpu", "torch", "torch_python"]
     link_flags = [f"-L{path}" for path in cpp_extension.library_paths()]
     cuda = wants_cuda(torch)
@@ -173,8 +173,10 @@ def commands():
                 stop("the C++ extension did not compile: the compiler's message is above")
             record = f'"""Written by setup.py."""\n\nTORCH = "{version}"\n'
             (output.parent / "_built_for.py").write_text(record)
-            if self.inplace:
-                (ROOT / "fastnn" / "_built_for.py").write_text(record)
+
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            shutil.copy(Path(self.build_lib, "fastnn", "_built_for.py"), ROOT / "fastnn")
 
     return {"build_ext": NinjaBuild}
 

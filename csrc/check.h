@@ -1,4 +1,5 @@
-// Argument errors of the operators, in one wording: "<op>: <argument> must be <expected>, got <got>".
+// Argument errors of the operators, in one wording: "<op>: <argument> must be <expected>, got
+// <got>".
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -31,7 +31,8 @@ struct DropoutRate {
 
 inline DropoutRate dropout_rate(double p) {
   const auto threshold = static_cast<uint32_t>(std::lround(p * 65536.0));
-  const float scale = threshold == 65536 ? 0.f : static_cast<float>(65536.0 / (65536.0 - threshold));
+  const float scale =
+      threshold == 65536 ? 0.f : static_cast<float>(65536.0 / (65536.0 - threshold));
   return {threshold, scale};
 }
 

@@ -164,8 +164,8 @@ micro_kernel_bf16(int64_t k, const at::BFloat16* __restrict a, int64_t lda,
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      sum[i][j] = accumulate ? _mm512_maskz_loadu_ps(mask[j], c + i * ldc + j * 16)
-                             : _mm512_setzero_ps();
+      sum[i][j] =
+          accumulate ? _mm512_maskz_loadu_ps(mask[j], c + i * ldc + j * 16) : _mm512_setzero_ps();
     }
   }
   for (int64_t p = 0; p < k; p += 2) {
@@ -239,7 +239,25 @@ inline void tile_gemm(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, 
       for (; i + kRows <= m; i += kRows) {
         panel_rows<C, kRows>(deep, rows + i * lda, lda, b, out + i * ldc, ldc, cols, add);
       }
-      for (; i < m; ++i) panel_rows<C, 1>(deep, rows + i * lda, lda, b, out + i * ldc, ldc, cols, add);
+      rows += i * lda;
+      out += i * ldc;
+      switch (m - i) {
+        case 5:
+          panel_rows<C, 5>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+        case 4:
+          panel_rows<C, 4>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+        case 3:
+          panel_rows<C, 3>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+        case 2:
+          panel_rows<C, 2>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+        case 1:
+          panel_rows<C, 1>(deep, rows, lda, b, out, ldc, cols, add);
+          break;
+      }
     }
   }
 }

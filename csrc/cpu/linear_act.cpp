@@ -1,4 +1,443 @@
+// out = residual + dropout(act(x W^T + b)), x [M, K], W [N, K]; gated: act(gate) * up of N / 2.
+//   Backward: dP = act'(saved) * mask * grad_out;  dX = dP W,  dW = dP^T X,  db = sum_m dP.
+// Forward: tasks of 48 rows x 128 columns; W is packed once a call and shared by the threads; the
+//   epilogue works on the float tile (24 KB) while it is in cache, row by row.
+// Backward: a block of 48 rows of dP is made once, multiplied by W while in cache, and left
+//   transposed for dW, whose tiles are shared out after it. db adds up per block, then over the
+//   blocks in order: no result depends on the number of threads.
+// Numerics: float accumulation and epilogue (double for double); the pre-activation is rounded to
+//   the input's type only where it is saved. Dropout: csrc/philox.h.
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <string_view>
+
+#include "../check.h"
+#include "common.h"
 #include "dropout.h"
 #include "gemm.h"
 #include "registry.h"
-FASTNN_CPU_KERNELS(m) {}
+// After vec.h, whose act_* overloads it is written in.
+#include "../activation.h"
+
+namespace fastnn {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kBlockRows = 48;
+constexpr int64_t kBlockCols = 2 * kPanel;
+// Row functions of one activation over float (double) values.
+template <typename A>
+struct ActivationRows {
+  void (*value)(const A* x, A* y, int64_t n);
+  void (*grad)(const A* x, A* y, int64_t n);
+  bool gated;
+};
+
+template <typename A, typename F>
+inline void map_row(const A* x, A* y, int64_t n, const F& f) {
+  constexpr int64_t kLane = Vectorized<A>::size();
+  for (int64_t i = 0; i < n; i += kLane) {
+    const int64_t width = std::min(kLane, n - i);
+    f(Vectorized<A>::loadu(x + i, width)).store(y + i, width);
+  }
+}
+
+template <typename A, typename Act>
+void value_row(const A* x, A* y, int64_t n) {
+  map_row(x, y, n, [](const Vectorized<A>& v) { return Act::value(v); });
+}
+
+template <typename A, typename Act>
+void grad_row(const A* x, A* y, int64_t n) {
+  map_row(x, y, n, [](const Vectorized<A>& v) { return Act::grad(v); });
+}
+
+template <typename A>
+ActivationRows<A> activation_rows(std::string_view name, const char* op) {
+#define FASTNN_CASE(label, Act, gated) \
+  if (name == label) return {&value_row<A, Act>, &grad_row<A, Act>, gated};
+  FASTNN_ACTIVATIONS(FASTNN_CASE)
+#undef FASTNN_CASE
+#define FASTNN_NAME(label, Act, gated) " " label
+  FASTNN_CHECK(false, op, "activation", "one of" FASTNN_ACTIVATIONS(FASTNN_NAME), name);
+#undef FASTNN_NAME
+}
+
+// A view of rows of T with any strides; rows of C are read in place where they can be.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride_row, stride_col, cols;
+
+  Rows(const at::Tensor& matrix)
+      : data(matrix.const_data_ptr<T>()),
+        stride_row(matrix.stride(0)),
+        stride_col(matrix.stride(1)),
+        cols(matrix.size(1)) {}
+
+  template <typename C>
+  bool usable() const {
+    return std::is_same_v<T, C> && stride_col == 1 && pad_k<C>(cols) == cols;
+  }
+
+  // Rows [begin, begin + n) as C with pad_k columns; `buffer` is used where they must be converted.
+  template <typename C>
+  std::pair<const C*, int64_t> as(int64_t begin, int64_t n, C* buffer) const {
+    if (usable<C>()) return {reinterpret_cast<const C*>(data + begin * stride_row), stride_row};
+    const int64_t width = pad_k<C>(cols);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* row = data + (begin + i) * stride_row;
+      C* out = buffer + i * width;
+      for (int64_t j = 0; j < cols; ++j) out[j] = static_cast<C>(row[j * stride_col]);
+      for (int64_t j = cols; j < width; ++j) out[j] = C(0);
+    }
+    return {buffer, width};
+  }
+};
+
+template <typename T, typename C>
+std::unique_ptr<C[]> packed(const Rows<T>& b, int64_t k, bool transposed, int64_t n) {
+  auto out = scratch<C>(packed_size<C>(k, n));
+  const int64_t stride_k = transposed ? b.stride_col : b.stride_row;
+  const int64_t stride_n = transposed ? b.stride_row : b.stride_col;
+  parallel_tasks(panels(n), k * kPanel * 4, [&](int64_t panel) {
+    pack_panel<T, C>(b.data, stride_k, stride_n, k, n, panel, out.get());
+  });
+  return out;
+}
+
+struct Dropout {
+  bool on;
+  PhiloxState state{};
+  DropoutRate rate{};
+
+  Dropout(double p, const std::optional<at::Tensor>& seed) : on(p > 0.0) {
+    if (!on) return;
+    state = philox_state(*seed);
+    rate = dropout_rate(p);
+  }
+};
+
+template <typename A>
+void multiply_row(A* x, const A* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= y[i];
+}
+
+template <typename T>
+void add_row(accumulate_t<T>* x, const T* in, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int64_t width = std::min(kLanes<T>, n - i);
+    (AccVec<T>::loadu(x + i, width) + load_vec(in + i, width)).store(x + i, width);
+  }
+}
+
+template <typename T>
+void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+             const at::Tensor& residual, const Dropout& dropout,
+             const ActivationRows<accumulate_t<T>>& act, at::Tensor& out, at::Tensor& preact) {
+  using A = accumulate_t<T>;
+  const int64_t m = input.size(0), k = input.size(1), n = weight.size(0);
+  const int64_t parts = act.gated ? 2 : 1, width = n / parts;
+  const Rows<T> x(input), w(weight);
+  const T* bias_data = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+  const T* residual_data = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
+  const int64_t residual_stride = residual.defined() ? residual.stride(0) : 0;
+  T* out_data = out.mutable_data_ptr<T>();
+  T* preact_data = preact.numel() ? preact.mutable_data_ptr<T>() : nullptr;
+
+  visit_tile_type<T>([&](auto tag) {
+    using C = decltype(tag);
+    std::array<std::unique_ptr<C[]>, 2> packed_weight;
+    for (int64_t part = 0; part < parts; ++part) {
+      Rows<T> rows = w;
+      rows.data += part * width * w.stride_row;
+      packed_weight[part] = packed<T, C>(rows, k, /*transposed=*/true, width);
+    }
+    const int64_t col_blocks = ceil_div(width, kBlockCols);
+    const int64_t tasks = ceil_div(m, kBlockRows) * col_blocks;
+    parallel_tasks(tasks, std::min(m, kBlockRows) * std::min(n, kBlockCols) * k, [&](int64_t task) {
+      const int64_t row0 = task / col_blocks * kBlockRows, col0 = task % col_blocks * kBlockCols;
+      const int64_t rows = std::min(kBlockRows, m - row0),
+                    cols = std::min(kBlockCols, width - col0);
+      alignas(64) A tile[2][kBlockRows * kBlockCols];
+      alignas(64) A mask[kBlockCols];
+      std::unique_ptr<C[]> converted;
+      if (!x.template usable<C>()) converted = scratch<C>(rows * pad_k<C>(k));
+      const auto [a, lda] = x.template as<C>(row0, rows, converted.get());
+      for (int64_t part = 0; part < parts; ++part) {
+        tile_gemm<C>(rows, cols, k, a, lda, packed_weight[part].get() + col0 * pad_k<C>(k),
+                     tile[part], kBlockCols, false);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        A* line = tile[0] + i * kBlockCols;
+        A* up = tile[1] + i * kBlockCols;
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t offset = part * width + col0;
+          if (bias_data) add_row<T>(part ? up : line, bias_data + offset, cols);
+          if (preact_data) {
+            store_row(preact_data + (row0 + i) * n + offset, part ? up : line, cols);
+          }
+        }
+        act.value(line, line, cols);
+        if (act.gated) multiply_row(line, up, cols);
+        if (dropout.on) {
+          dropout_row(dropout.state, dropout.rate, row0 + i, width, col0, cols, mask);
+          multiply_row(line, mask, cols);
+        }
+        if (residual_data) {
+          add_row<T>(line, residual_data + (row0 + i) * residual_stride + col0, cols);
+        }
+        store_row(out_data + (row0 + i) * width + col0, line, cols);
+      }
+    });
+  });
+}
+
+// dP of one row: `grad` is the output's gradient and becomes the gate's; `grad_up` is the up's.
+template <typename T>
+void preact_grad_row(const T* saved, int64_t width, const ActivationRows<accumulate_t<T>>& act,
+                     accumulate_t<T>* grad, accumulate_t<T>* grad_up, accumulate_t<T>* x,
+                     accumulate_t<T>* y) {
+  load_row(x, saved, width);
+  if (act.gated) {
+    act.value(x, y, width);
+    std::copy_n(grad, width, grad_up);
+    multiply_row(grad_up, y, width);
+    load_row(y, saved + width, width);
+    multiply_row(grad, y, width);
+  }
+  act.grad(x, y, width);
+  multiply_row(grad, y, width);
+}
+
+template <typename T>
+void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Tensor& weight,
+              const at::Tensor& saved, const Dropout& dropout,
+              const ActivationRows<accumulate_t<T>>& act, std::string_view name,
+              at::Tensor& grad_input, at::Tensor& grad_weight, at::Tensor& grad_bias) {
+  using A = accumulate_t<T>;
+  const int64_t m = input.size(0), k = input.size(1), n = weight.size(0);
+  const int64_t width = act.gated ? n / 2 : n;
+  const bool wants_input = grad_input.numel() > 0, wants_weight = grad_weight.numel() > 0;
+  const bool wants_bias = grad_bias.numel() > 0, linear = name == "identity";
+  const Rows<T> x(input), w(weight);
+  const T* grad_data = grad_out.const_data_ptr<T>();
+  const T* saved_data = linear ? nullptr : saved.const_data_ptr<T>();
+  const int64_t blocks = ceil_div(m, kBlockRows);
+  const auto partial_bias = scratch<A>(wants_bias ? blocks * n : 0);
+
+  visit_tile_type<T>([&](auto tag) {
+    using C = decltype(tag);
+    const int64_t deep_m = pad_k<C>(m), deep_n = pad_k<C>(n);
+    const auto packed_weight = wants_input ? packed<T, C>(w, n, /*transposed=*/false, k) : nullptr;
+    const auto transposed = scratch<C>(wants_weight ? n * deep_m : 0);
+    parallel_tasks(
+        blocks, std::min(m, kBlockRows) * n * (wants_input ? k : 16), [&](int64_t block) {
+          const int64_t row0 = block * kBlockRows, rows = std::min(kBlockRows, m - row0);
+          const auto grad_block = scratch<C>(rows * deep_n);
+          const auto line = scratch<A>(n + 2 * width);
+          A* const y = line.get() + n;
+          A* const z = y + width;
+          A* bias_sum = wants_bias ? partial_bias.get() + block * n : nullptr;
+          if (bias_sum) std::fill_n(bias_sum, n, A(0));
+          for (int64_t i = 0; i < rows; ++i) {
+            const int64_t row = row0 + i;
+            load_row(line.get(), grad_data + row * width, width);
+            if (dropout.on) {
+              dropout_row(dropout.state, dropout.rate, row, width, 0, width, y);
+              multiply_row(line.get(), y, width);
+            }
+            if (!linear) {
+              preact_grad_row<T>(saved_data + row * n, width, act, line.get(), line.get() + width,
+                                 y, z);
+            }
+            if (bias_sum) add_row<A>(bias_sum, line.get(), n);
+            C* out = grad_block.get() + i * deep_n;
+            store_row(out, line.get(), n);
+            if (deep_n > n) out[n] = C(0);
+          }
+          if (wants_weight) {
+            for (int64_t j = 0; j < n; ++j) {
+              C* out = transposed.get() + j * deep_m + row0;
+              for (int64_t i = 0; i < rows; ++i) out[i] = grad_block[i * deep_n + j];
+              if (row0 + rows == m && deep_m > m) out[rows] = C(0);
+            }
+          }
+          if (!wants_input) return;
+          alignas(64) A tile[kBlockRows * kBlockCols];
+          T* grad_input_data = grad_input.mutable_data_ptr<T>();
+          for (int64_t col0 = 0; col0 < k; col0 += kBlockCols) {
+            const int64_t cols = std::min(kBlockCols, k - col0);
+            tile_gemm<C>(rows, cols, n, grad_block.get(), deep_n,
+                         packed_weight.get() + col0 * deep_n, tile, kBlockCols, false);
+            for (int64_t i = 0; i < rows; ++i) {
+              store_row(grad_input_data + (row0 + i) * k + col0, tile + i * kBlockCols, cols);
+            }
+          }
+        });
+    if (wants_weight) {
+      const auto packed_input = packed<T, C>(x, m, /*transposed=*/false, k);
+      T* grad_weight_data = grad_weight.mutable_data_ptr<T>();
+      const int64_t col_blocks = ceil_div(k, kBlockCols);
+      const int64_t tasks = ceil_div(n, kBlockRows) * col_blocks;
+      parallel_tasks(
+          tasks, std::min(n, kBlockRows) * std::min(k, kBlockCols) * m, [&](int64_t task) {
+            const int64_t row0 = task / col_blocks * kBlockRows,
+                          col0 = task % col_blocks * kBlockCols;
+            const int64_t rows = std::min(kBlockRows, n - row0),
+                          cols = std::min(kBlockCols, k - col0);
+            alignas(64) A tile[kBlockRows * kBlockCols];
+            tile_gemm<C>(rows, cols, m, transposed.get() + row0 * deep_m, deep_m,
+                         packed_input.get() + col0 * deep_m, tile, kBlockCols, false);
+            for (int64_t i = 0; i < rows; ++i) {
+              store_row(grad_weight_data + (row0 + i) * k + col0, tile + i * kBlockCols, cols);
+            }
+          });
+    }
+  });
+  if (wants_bias) {
+    const auto sum = scratch<A>(n);
+    std::fill_n(sum.get(), n, A(0));
+    for (int64_t block = 0; block < blocks; ++block)
+      add_row<A>(sum.get(), partial_bias.get() + block * n, n);
+    store_row(grad_bias.mutable_data_ptr<T>(), sum.get(), n);
+  }
+}
+
+at::Tensor with_unit_columns(const at::Tensor& matrix) {
+  return matrix.stride(-1) == 1 || matrix.size(-1) <= 1 ? matrix : matrix.contiguous();
+}
+
+void check_operands(const at::Tensor& input, const at::Tensor& weight, bool gated, const char* op) {
+  check_float(input, true, op, "input");
+  check_dtype(weight, input.scalar_type(), op, "weight");
+  FASTNN_CHECK(weight.dim() == 2, op, "weight", "a matrix", weight.sizes());
+  FASTNN_CHECK(input.dim() >= 1 && input.size(-1) == weight.size(1), op, "input",
+               "of shape (*, " + std::to_string(weight.size(1)) + ")", input.sizes());
+  FASTNN_CHECK(!gated || weight.size(0) % 2 == 0, op, "weight", "of an even number of rows",
+               weight.sizes());
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_act_forward_cpu(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& seed,
+    std::string_view activation, double dropout_p, bool save_preact, bool gated) {
+  constexpr const char* op = "linear_act_forward";
+  check_operands(input, weight, gated, op);
+  check_dropout(dropout_p, seed, op);
+  const int64_t k = weight.size(1), n = weight.size(0), width = gated ? n / 2 : n;
+  auto shape = input.sizes().vec();
+  shape.back() = width;
+  at::Tensor out = at::empty(shape, input.options());
+  shape.back() = n;
+  at::Tensor preact =
+      save_preact ? at::empty(shape, input.options()) : at::empty({0}, input.options());
+  at::Tensor bias_row, residual_rows;
+  if (bias) {
+    check_shape(*bias, {n}, op, "bias");
+    check_dtype(*bias, input.scalar_type(), op, "bias");
+    bias_row = bias->contiguous();
+  }
+  if (residual) {
+    check_shape(*residual, out.sizes(), op, "residual");
+    check_dtype(*residual, input.scalar_type(), op, "residual");
+    if (width) residual_rows = with_unit_columns(residual->reshape({-1, width}));
+  }
+  const Dropout dropout(dropout_p, seed);
+  visit_float(input.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const auto act = activation_rows<accumulate_t<T>>(activation, op);
+    FASTNN_CHECK(act.gated == gated, op, "gated", "as the activation is", gated);
+    if (out.numel() == 0) return;
+    const at::Tensor rows = input.reshape({out.numel() / width, k});
+    forward<T>(rows, weight, bias_row, residual_rows, dropout, act, out, preact);
+  });
+  return {out, preact};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_act_backward_cpu(
+    const at::Tensor& grad_out, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& saved, const std::optional<at::Tensor>& seed, std::string_view activation,
+    double dropout_p, bool gated, std::array<bool, 3> output_mask) {
+  constexpr const char* op = "linear_act_backward";
+  check_operands(input, weight, gated, op);
+  check_dropout(dropout_p, seed, op);
+  const int64_t k = weight.size(1), n = weight.size(0), width = gated ? n / 2 : n;
+  auto shape = input.sizes().vec();
+  shape.back() = width;
+  check_shape(grad_out, shape, op, "grad_out");
+  check_dtype(grad_out, input.scalar_type(), op, "grad_out");
+  if (activation != "identity") {
+    shape.back() = n;
+    check_shape(saved, shape, op, "saved");
+    check_dtype(saved, input.scalar_type(), op, "saved");
+  }
+  const auto empty = [&](bool wanted, at::IntArrayRef sizes) {
+    return at::empty(wanted ? sizes : at::IntArrayRef{0}, input.options());
+  };
+  at::Tensor grad_input = empty(output_mask[0], input.sizes());
+  at::Tensor grad_weight = empty(output_mask[1], weight.sizes());
+  at::Tensor grad_bias = empty(output_mask[2], {n});
+  const Dropout dropout(dropout_p, seed);
+  visit_float(input.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const auto act = activation_rows<accumulate_t<T>>(activation, op);
+    FASTNN_CHECK(act.gated == gated, op, "gated", "as the activation is", gated);
+    if (n == 0) {
+      grad_input.zero_();
+      return;
+    }
+    const int64_t m = grad_out.numel() / width;
+    backward<T>(grad_out.contiguous(), input.reshape({m, k}), weight, saved.contiguous(), dropout,
+                act, activation, grad_input, grad_weight, grad_bias);
+  });
+  return {grad_input, grad_weight, grad_bias};
+}
+
+at::Tensor dropout_cpu(const at::Tensor& input, const at::Tensor& seed, double p) {
+  constexpr const char* op = "dropout";
+  check_float(input, true, op, "input");
+  check_dropout(p, seed, op);
+  const at::Tensor in = input.contiguous();
+  at::Tensor out = at::empty(in.sizes(), in.options());
+  if (out.numel() == 0) return out;
+  const int64_t cols = in.dim() ? in.size(-1) : 1, rows = in.numel() / cols;
+  // Pieces of a row, so that one long row is shared out too; a multiple of 8 columns.
+  constexpr int64_t kPiece = 1 << 14;
+  const int64_t pieces = ceil_div(cols, kPiece);
+  const PhiloxState state = philox_state(seed);
+  const DropoutRate rate = dropout_rate(p);
+  visit_float(in.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulate_t<T>;
+    const T* x = in.const_data_ptr<T>();
+    T* y = out.mutable_data_ptr<T>();
+    parallel_tasks(rows * pieces, std::min(cols, kPiece) * 8, [&](int64_t task) {
+      const int64_t row = task / pieces, piece = task % pieces * kPiece;
+      const int64_t end = std::min(cols, piece + kPiece);
+      alignas(64) A mask[kGroups * 8];
+      for (int64_t col = piece; col < end; col += kGroups * 8) {
+        const int64_t count = std::min(kGroups * 8, end - col);
+        dropout_row(state, rate, row, cols, col, count, mask);
+        for (int64_t i = 0; i < count; i += kLanes<T>) {
+          const int64_t width = std::min(kLanes<T>, count - i);
+          const T* from = x + row * cols + col + i;
+          store_vec(y + row * cols + col + i,
+                    load_vec(from, width) * AccVec<T>::loadu(mask + i, width), width);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace CPU_CAPABILITY
+}  // namespace fastnn
+
+FASTNN_CPU_KERNELS(m) {
+  m.impl("linear_act_forward", &fastnn::linear_act_forward_cpu);
+  m.impl("linear_act_backward", &fastnn::linear_act_backward_cpu);
+  m.impl("dropout", &fastnn::dropout_cpu);
+}

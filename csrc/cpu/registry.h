@@ -20,8 +20,8 @@ struct CpuKernels {
 #define FASTNN_STRINGIFY(x) FASTNN_STRINGIFY_(x)
 
 // FASTNN_CPU_KERNELS(m) { m.impl("op", op_cpu); } at the foot of a file registers its kernels.
-#define FASTNN_CPU_KERNELS(m)                                                                  \
-  static void register_cpu_kernels(torch::Library&);                                           \
-  static const ::fastnn::CpuKernels cpu_kernels(FASTNN_STRINGIFY(CPU_CAPABILITY),              \
-                                                &register_cpu_kernels);                        \
+#define FASTNN_CPU_KERNELS(m)                                                     \
+  static void register_cpu_kernels(torch::Library&);                              \
+  static const ::fastnn::CpuKernels cpu_kernels(FASTNN_STRINGIFY(CPU_CAPABILITY), \
+                                                &register_cpu_kernels);           \
   static void register_cpu_kernels(torch::Library& m)

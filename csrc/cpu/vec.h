@@ -1,8 +1,8 @@
 // Vector loads and stores of every dtype as vectors of its accumulation type, full or partial.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -25,7 +25,7 @@ inline constexpr int64_t kLanes = AccVec<T>::size();
 
 // kLanes<T> elements from `p`.
 template <typename T>
-inline AccVec<T> load(const T* p) {
+inline AccVec<T> load_vec(const T* p) {
   if constexpr (std::is_same_v<T, accumulate_t<T>>) {
     return AccVec<T>::loadu(p);
   } else {
@@ -41,19 +41,19 @@ inline AccVec<T> load(const T* p) {
 
 // The first n elements from `p`, zeros in the lanes beyond.
 template <typename T>
-inline AccVec<T> load(const T* p, int64_t n) {
-  if (n >= kLanes<T>) return load(p);
+inline AccVec<T> load_vec(const T* p, int64_t n) {
+  if (n >= kLanes<T>) return load_vec(p);
   if constexpr (std::is_same_v<T, accumulate_t<T>>) {
     return AccVec<T>::loadu(p, n);
   } else {
     T lanes[kLanes<T>] = {};
     std::copy_n(p, n, lanes);
-    return load(lanes);
+    return load_vec(lanes);
   }
 }
 
 template <typename T>
-inline void store(T* p, const AccVec<T>& v) {
+inline void store_vec(T* p, const AccVec<T>& v) {
   if constexpr (std::is_same_v<T, accumulate_t<T>>) {
     v.store(p);
   } else {
@@ -72,15 +72,34 @@ inline void store(T* p, const AccVec<T>& v) {
 }
 
 template <typename T>
-inline void store(T* p, const AccVec<T>& v, int64_t n) {
-  if (n >= kLanes<T>) return store(p, v);
+inline void store_vec(T* p, const AccVec<T>& v, int64_t n) {
+  if (n >= kLanes<T>) return store_vec(p, v);
   if constexpr (std::is_same_v<T, accumulate_t<T>>) {
     v.store(p, n);
   } else {
     T lanes[kLanes<T>];
-    store(lanes, v);
+    store_vec(lanes, v);
     std::copy_n(lanes, n, p);
   }
+}
+
+// The functions that activation.h is written in, for vectors.
+template <typename A>
+inline Vectorized<A> act_exp(const Vectorized<A>& x) {
+  return x.exp();
+}
+template <typename A>
+inline Vectorized<A> act_erf(const Vectorized<A>& x) {
+  return x.erf();
+}
+template <typename A>
+inline Vectorized<A> act_tanh(const Vectorized<A>& x) {
+  return x.tanh();
+}
+template <typename A>
+inline Vectorized<A> act_select(const Vectorized<A>& x, const Vectorized<A>& positive,
+                                const Vectorized<A>& otherwise) {
+  return Vectorized<A>::blendv(otherwise, positive, x > Vectorized<A>(A(0)));
 }
 
 }  // namespace CPU_CAPABILITY
