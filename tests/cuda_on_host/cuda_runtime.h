@@ -3,6 +3,7 @@
 // barrier that not every thread reaches ends the program with a message.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -65,9 +66,10 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to enter it; later switches are jumps, which make no system call
+  jmp_buf resumption;
   std::unique_ptr<char[]> stack;
-  bool done = false;
+  bool entered = false, done = false;
   const unsigned* waits_for = nullptr;  // a generation that has to move on
   unsigned seen = 0;
 };
@@ -76,7 +78,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier all;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   unsigned current = 0;
 };
@@ -97,13 +99,22 @@ inline int wait(Barrier& barrier, bool predicate) {
   Fiber& fiber = block->fibers[block->current];
   fiber.waits_for = &barrier.generation;
   fiber.seen = generation;
-  swapcontext(&fiber.context, &block->scheduler);
+  if (_setjmp(fiber.resumption) == 0) _longjmp(block->scheduler, 1);
   return set;
 }
 
 inline void enter() {
   block->body();
   block->fibers[block->current].done = true;
+  _longjmp(block->scheduler, 1);
+}
+
+// Runs a fiber up to its next barrier or its end.
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.resumption, 1);
+  fiber.entered = true;
+  setcontext(&fiber.context);
 }
 
 }  // namespace on_host
@@ -125,7 +136,7 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = &running.scheduler;
+    fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, reinterpret_cast<void (*)()>(enter), 0);
   }
   std::vector<unsigned> order(threads);
@@ -142,7 +153,7 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
       running.current = index;
       threadIdx = dim3(index);
       moved = true;
-      swapcontext(&running.scheduler, &fiber.context);
+      resume(fiber);
       done += fiber.done;
     }
     if (!moved) {
