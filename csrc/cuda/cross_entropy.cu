@@ -28,7 +28,7 @@ __device__ __forceinline__ Label classify(const CrossEntropyProblem& p, int64_t 
 }
 
 template <typename T, bool kVector, bool kProb>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kProb ? 1 : 2)
     cross_entropy_forward_kernel(const __grid_constant__ CrossEntropyProblem p, Layout layout,
                                  float* __restrict__ row_loss, float* __restrict__ row_lse,
                                  float* __restrict__ row_weight) {
@@ -91,6 +91,8 @@ __device__ __forceinline__ float accurate_lse() {
   return sizeof(T) == 4 ? 16.f : 1024.f;
 }
 
+constexpr int kWriteUnroll = 2;
+
 template <typename T, bool kProb, int kWidth, int kUnits>
 __device__ __forceinline__ void write_units(const Row<T>& row, const RowGradient& g, T* grad_logits,
                                             void* grad_probabilities, int64_t grad_stride,
@@ -107,28 +109,32 @@ __device__ __forceinline__ void write_units(const Row<T>& row, const RowGradient
     for (int u = 0; u < kUnits; ++u) {
       if (unit + u * step >= units) break;
       const int c = offset + (unit + u * step) * kWidth;
-      float q[kWidth];
-      if constexpr (kProb) load_probabilities<T, kWidth>(row, c, q);
-      Packet<T> grad;
+      float x[kWidth], below[kWidth], value[kWidth], weights[kWidth];
+      unpack_capped<T, kWidth>(row, packets[u], x);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const float x = row.capped(to_float(packets[u].values[k]));
-        const float below = (x - g.max) - g.log_sum;
-        float value = g.scale * Math<T>::exp(below);
-        if constexpr (kProb) {
-          const float w = row.weight(c + k);
-          value -= g.upstream * w * q[k];
-          q[k] = -g.upstream * row.keep * w * below;
-        } else {
-          if (g.spread != 0.f) value -= g.spread * row.weight(c + k);
-          if (c + k == g.label) value -= g.hit;
-        }
-        if (row.softcap != 0.f) {
-          const float tanh = x * row.inverse_softcap;
-          value *= 1.f - tanh * tanh;
-        }
-        grad.values[k] = from_float<T>(value);
+        below[k] = (x[k] - g.max) - g.log_sum;
+        value[k] = g.scale * Math<T>::exp(below[k]);
       }
+      if (kProb || g.spread != 0.f) {
+        load_weights<T, kProb, kWidth>(row, c, weights);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) value[k] -= (kProb ? g.upstream : g.spread) * weights[k];
+      }
+      if (c <= g.label && g.label < c + kWidth) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) value[k] -= c + k == g.label ? g.hit : 0.f;
+      }
+      if (row.softcap != 0.f) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          const float tanh = x[k] * row.inverse_softcap;
+          value[k] *= 1.f - tanh * tanh;
+        }
+      }
+      Packet<T> grad;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) grad.values[k] = from_float<T>(value[k]);
       if (grad_logits != nullptr) {
         if constexpr (kWidth == 1) {
           grad_logits[c * grad_stride] = grad.values[0];
@@ -138,11 +144,16 @@ __device__ __forceinline__ void write_units(const Row<T>& row, const RowGradient
       }
       if constexpr (kProb) {
         if (grad_probabilities != nullptr) {
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) {
+            value[k] = -g.upstream * row.keep * row.weight(c + k) * below[k];
+          }
           if constexpr (kWidth == 1) {
-            store_from_float(grad_probabilities, c * grad_stride, row.probability_storage, q[0]);
+            store_from_float(grad_probabilities, c * grad_stride, row.probability_storage,
+                             value[0]);
           } else {
 #pragma unroll
-            for (int k = 0; k < kWidth; ++k) grad.values[k] = from_float<T>(q[k]);
+            for (int k = 0; k < kWidth; ++k) grad.values[k] = from_float<T>(value[k]);
             store_packet(static_cast<T*>(grad_probabilities) + c, grad);
           }
         }
@@ -171,7 +182,7 @@ __device__ __forceinline__ void write_zeros(const Row<T>& row, T* grad_logits, i
 }
 
 template <typename T, bool kVector, bool kProb>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kProb ? 1 : 2)
     cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyProblem p,
                                   const __grid_constant__ CrossEntropyGradient g, Layout layout) {
   __shared__ SoftmaxSums shared[kSharedThreads];
@@ -246,8 +257,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   } else if constexpr (kVector) {
     constexpr int kWidth = Packet<T>::kSize;
     const Split split = split_row(row);
-    write_units<T, kProb, kWidth, kUnroll>(row, terms, grad_logits, grad_probabilities, 1,
-                                           split.head, split.packets, thread.first, thread.step);
+    write_units<T, kProb, kWidth, kWriteUnroll>(row, terms, grad_logits, grad_probabilities, 1,
+                                                split.head, split.packets, thread.first,
+                                                thread.step);
     if (thread.first < split.edges) {
       write_units<T, kProb, 1, 1>(row, terms, grad_logits, grad_probabilities, 1,
                                   split.edge_class<kWidth>(thread.first), 1, 0, 1);

@@ -107,19 +107,41 @@ __device__ __forceinline__ Packet<T> load_unit(const Row<T>& row, int c) {
   }
 }
 
-// Probabilities of a unit, smoothed. Packets are used only where they have the logits' type and
-// alignment.
+// The branches on options are around loops over a unit, never inside: one element has only some 17
+// instructions at full bandwidth.
 template <typename T, int kWidth>
-__device__ __forceinline__ void load_probabilities(const Row<T>& row, int c, float (&q)[kWidth]) {
-  if constexpr (kWidth == 1) {
-    q[0] = load_as_float(row.probabilities, c * row.probability_stride, row.probability_storage);
-  } else {
-    const Packet<T> packet = load_packet(static_cast<const T*>(row.probabilities) + c);
+__device__ __forceinline__ void unpack_capped(const Row<T>& row, const Packet<T>& packet,
+                                              float (&x)[kWidth]) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) q[k] = to_float(packet.values[k]);
+  for (int k = 0; k < kWidth; ++k) x[k] = to_float(packet.values[k]);
+  if (row.softcap != 0.f) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) x[k] = row.capped(x[k]);
   }
+}
+
+// The weights u of a unit: class weights, times smoothed probabilities with kProb. Packets of
+// probabilities are used only where they have the logits' type and alignment.
+template <typename T, bool kProb, int kWidth>
+__device__ __forceinline__ void load_weights(const Row<T>& row, int c, float (&weights)[kWidth]) {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) q[k] = row.keep * q[k] + row.spread;
+  for (int k = 0; k < kWidth; ++k) weights[k] = 1.f;
+  if constexpr (kProb) {
+    if constexpr (kWidth == 1) {
+      weights[0] =
+          load_as_float(row.probabilities, c * row.probability_stride, row.probability_storage);
+    } else {
+      const Packet<T> packet = load_packet(static_cast<const T*>(row.probabilities) + c);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) weights[k] = to_float(packet.values[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) weights[k] = row.keep * weights[k] + row.spread;
+  }
+  if (row.class_weight != nullptr) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) weights[k] *= __ldg(row.class_weight + c + k);
+  }
 }
 
 // Adds units first, first + step, ... below `units`, whose classes begin at `offset`. With kProb
@@ -152,17 +174,17 @@ __device__ __forceinline__ void add_units(SoftmaxSums& sums, const Row<T>& row, 
     for (int u = 0; u < kUnits; ++u) {
       const int c = offset + (unit + u * step) * kWidth;
       if (unit + u * step >= units) break;
-      float partial = 0.f;
-      float q[kWidth];
-      if constexpr (kProb) load_probabilities<T, kWidth>(row, c, q);
+      float x[kWidth], partial = 0.f;
+      unpack_capped<T, kWidth>(row, packets[u], x);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        const float above = row.capped(to_float(packets[u].values[k])) - shift;
-        partial += Math<T>::exp(above);
-        if (kProb || weighted) {
-          const float w = row.weight(c + k) * (kProb ? q[k] : 1.f);
-          sums.weight += w;
-          sums.deviation += w * above;
+      for (int k = 0; k < kWidth; ++k) partial += Math<T>::exp(x[k] - shift);
+      if (kProb || weighted) {
+        float weights[kWidth];
+        load_weights<T, kProb, kWidth>(row, c, weights);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          sums.weight += weights[k];
+          sums.deviation += weights[k] * (x[k] - shift);
         }
       }
       sums.sum += partial;
