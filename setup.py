@@ -162,7 +162,9 @@ def commands():
             if shutil.which(compiler) is None:
                 stop(f"no C++ compiler ({compiler}) was found: install g++ 11 or later,"
                      " or set FASTNN_BUILD_EXT=0")
-            build_dir = Path(self.build_temp).resolve()
+            # Not build_temp, which pip makes anew for every editable install.
+            name = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+            build_dir = ROOT / "build" / name
             build_dir.mkdir(parents=True, exist_ok=True)
             output = Path(self.get_ext_fullpath(ext.name)).resolve()
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "activation.h"
 #include "cpu/registry.h"
 
 namespace fastnn {
@@ -42,6 +43,16 @@ PYBIND11_MODULE(_C, m) {
   for (const auto& [capability, function] : fastnn::cpu_registry()) {
     if (std::strcmp(capability, fastnn::cpu_capability()) == 0) function(library);
   }
+  m.def(
+      "activations",
+      [] {
+        pybind11::dict table;
+#define FASTNN_ROW(name, Act, gated) table[name] = gated;
+        FASTNN_ACTIVATIONS(FASTNN_ROW)
+#undef FASTNN_ROW
+        return table;
+      },
+      "Activation name -> whether it is gated.");
   m.def("cpu_capability", &fastnn::cpu_capability, "Instruction set of the CPU kernels in use.");
   m.def(
       "build_info",

@@ -209,6 +209,7 @@ def _load_triton() -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
         return "Triton needs a CUDA device (or TRITON_INTERPRET=1)"
+    global tritonops
     import tritonops
 
     for name in OPS:

@@ -8,8 +8,6 @@ serves it or raises an error that lists, per backend, why not. `FASTNN_BACKEND` 
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import functools
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -34,12 +32,13 @@ def _default() -> str:
     return _checked(os.environ.get("FASTNN_BACKEND", "auto"), "FASTNN_BACKEND")
 
 
-_choice: contextvars.ContextVar[str] = contextvars.ContextVar("fastnn_backend", default=_default())
+# A plain global, which torch.compile guards on; it cannot trace a ContextVar.
+_choice = _default()
 
 
 def current_backend() -> str:
     """The backend that calls use now: `auto`, `native`, `triton` or `reference`."""
-    return _choice.get()
+    return _choice
 
 
 @contextlib.contextmanager
@@ -51,26 +50,29 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for any other name.
     """
-    token = _choice.set(_checked(name, "backend"))
+    global _choice
+    before, _choice = _choice, _checked(name, "backend")
     try:
         yield
     finally:
-        _choice.reset(token)
+        _choice = before
 
 
-@functools.cache
-def _native_has(family: str, device_type: str) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{op}", key)
-        for op in _ops.FAMILIES[family]
+# Looked up once: torch.compile cannot trace the dispatcher.
+_NATIVE_KERNELS = {
+    (family, device_type): all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{op}", device_type.upper())
+        for op in ops
     )
+    for family, ops in _ops.FAMILIES.items()
+    for device_type in ("cpu", "cuda")
+}
 
 
 def _native_refusal(family, device_type, dtype, features) -> str | None:
     if _ops.NATIVE_MISSING is not None:
         return _ops.NATIVE_MISSING
-    if not _native_has(family, device_type):
+    if not _NATIVE_KERNELS.get((family, device_type), False):
         return f"no {device_type} kernel for {family} in this build"
     if dtype not in _DTYPES and not (dtype == torch.float64 and device_type == "cpu"):
         return f"{dtype} is not supported on {device_type}"
@@ -80,13 +82,11 @@ def _native_refusal(family, device_type, dtype, features) -> str | None:
 def _triton_refusal(family, device_type, dtype, features) -> str | None:
     if _ops.TRITON_MISSING is not None:
         return _ops.TRITON_MISSING
-    import tritonops
-
-    if device_type != "cuda" and not tritonops.INTERPRETED:
+    if device_type != "cuda" and not _ops.tritonops.INTERPRETED:
         return f"Triton does not run on {device_type}"
     if dtype not in _DTYPES:
         return f"{dtype} is not supported by the Triton kernels"
-    return tritonops.refusal(family, features)
+    return _ops.tritonops.refusal(family, features)
 
 
 _REFUSAL = {"native": _native_refusal, "triton": _triton_refusal}
@@ -105,7 +105,7 @@ def refusal(backend: str, family: str, device_type: str, dtype: torch.dtype, **f
 
 def resolve(family: str, tensor: torch.Tensor, **features) -> SimpleNamespace | None:
     """The operator handles that serve a call of `family` on `tensor`; None is the reference."""
-    choice = _choice.get()
+    choice = _choice
     if choice == "reference":
         return None
     device_type, dtype = tensor.device.type, tensor.dtype
