@@ -78,7 +78,9 @@ def sources_of(*patterns):
 
 def test_inline_ptx_is_in_prim_only():
     ptx = re.compile(r"\basm\b")
-    using = [path for path in sources_of("*.cu", "*.cuh", "*.h", "*.cpp") if ptx.search(path.read_text())]
+    using = [
+        path for path in sources_of("*.cu", "*.cuh", "*.h", "*.cpp") if ptx.search(path.read_text())
+    ]
     assert using, "the pattern finds nothing"
     assert {path.parent.name for path in using} == {"prim"}
 

@@ -1,7 +1,7 @@
 """The CUDA kernels' own code, compiled for the host and run thread by thread (tests/cuda_on_host).
 
-No GPU is needed: indexing, layouts, tails, barriers and arithmetic are checked against the oracle. NaN
-around every input and a canary around every output show an access outside of the tensors, and
+No GPU is needed: indexing, layouts, tails, barriers and arithmetic are checked against the oracle.
+NaN around every input and a canary around every output show an access outside of the tensors, and
 misaligned packets trap.
 """
 
@@ -60,7 +60,8 @@ def kernels(tmp_path_factory):
         compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas",
         "-fsanitize=alignment,signed-integer-overflow,shift,bounds",
         "-fsanitize-undefined-trap-on-error", f"-I{ROOT / 'tests/cuda_on_host'}",
-        f"-I{ROOT / 'csrc'}", str(ROOT / "tests/cuda_on_host/cross_entropy.cpp"), "-o", str(library),
+        f"-I{ROOT / 'csrc'}", str(ROOT / "tests/cuda_on_host/cross_entropy.cpp"),
+        "-o", str(library),
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -80,7 +81,7 @@ def contiguous_strides(shape):
 
 
 def layout_of(shape, name):
-    """(strides, offset) of logits that are contiguous, misaligned, cut from wider rows, transposed."""
+    """(strides, offset): contiguous, misaligned, cut from wider rows, or transposed."""
     strides = contiguous_strides(shape)
     if name == "offset":
         return strides, 3
@@ -112,7 +113,9 @@ def pointer(tensor):
 class Run:
     """Forward and backward of one call, on copies of the inputs that lie amid NaN."""
 
-    def __init__(self, kernels, logits, target, weight, options, layout, target_layout="contiguous"):
+    def __init__(
+        self, kernels, logits, target, weight, options, layout, target_layout="contiguous"
+    ):
         self.kernels, self.options = kernels, options
         strides, offset = layout_of(logits.shape, layout)
         self.logits, _ = guarded(logits.shape, strides, logits.dtype, math.nan, offset)
@@ -206,8 +209,10 @@ def expected(logits, target, weight, options, grad_loss, grad_lse, dtype):
     return (loss.detach(), lse.detach(), *gradients)
 
 
-def check(kernels, shape, dtype, layout="contiguous", prob=False, weighted=False, with_lse=False,
-          target_layout="contiguous", target_dtype=None, scale=3.0, offset=0.0, **options):  # fmt: skip
+def check(
+    kernels, shape, dtype, layout="contiguous", prob=False, weighted=False, with_lse=False,
+    target_layout="contiguous", target_dtype=None, scale=3.0, offset=0.0, **options,
+):  # fmt: skip
     generator = torch.Generator().manual_seed(hash(shape) % 1000)
     logits = (torch.randn(shape, generator=generator) * scale + offset).to(dtype)
     rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
@@ -348,7 +353,9 @@ def test_infinite_and_nan_logits(kernels, classes, dtype):
         # The gradients of the reference's softcap and of its lse differ at infinities.
         if not options.get("softcap"):
             rows = [1, 2, 3, 4, 5]
-            assert_close_to_oracle(gradient[rows], torchs[2][rows], oracle[2][rows], what="gradient")
+            assert_close_to_oracle(
+                gradient[rows], torchs[2][rows], oracle[2][rows], what="gradient"
+            )
         assert gradient[0, 3:4].isfinite().all() and (gradient[5].isfinite()).all()
 
 
