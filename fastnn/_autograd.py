@@ -36,3 +36,8 @@ def composite_gradients(function, tensors, grad_outputs):
             )
         )  # fmt: skip
     return tuple(next(gradients) if t is not None and t.requires_grad else None for t in tensors)
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform is active: a backward may then run more than once."""
+    return torch._C._are_functorch_transforms_active()

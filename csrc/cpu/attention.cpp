@@ -1,0 +1,370 @@
+// Attention forward: O = dropout(softmax(S)) V and lse = log(sum(exp(S))) per row, for the scores S
+// of attention.h, without holding S.
+//   FlashAttention-2 (Dao 2023, algorithm 1): per block of query rows, one pass over the key blocks
+//   with a running row maximum m and sum l; tiles outside of the band are skipped.
+//   Work: one task per (batch, kv head), which packs that head's K and V and keeps them in cache;
+//   where that leaves threads idle, packing is shared and each block of query rows is a task. A few
+//   rows per kv head (decoding) read K and V in place instead.
+//   Memory: the packed K and V in flight plus one tile per thread, linear in the sequence.
+//   Numerics: scores, m, l and O in float (double for double); P is rounded to the type of the GEMM.
+#include "attention.h"
+
+#include "registry.h"
+
+namespace fastnn {
+inline namespace CPU_CAPABILITY {
+namespace attention {
+
+void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key,
+                     const at::Tensor& value, const Options& options) {
+  FASTNN_CHECK(query.dim() == 4, op, "query", "of shape (B, H, Sq, D)", query.sizes());
+  FASTNN_CHECK(key.dim() == 4, op, "key", "of shape (B, Hkv, Sk, D)", key.sizes());
+  FASTNN_CHECK(value.dim() == 4, op, "value", "of shape (B, Hkv, Sk, Dv)", value.sizes());
+  check_float(query, true, op, "query");
+  check_dtype(key, query.scalar_type(), op, "key");
+  check_dtype(value, query.scalar_type(), op, "value");
+  const int64_t batch = query.size(0), heads = query.size(1), kv_heads = key.size(1);
+  FASTNN_CHECK(kv_heads ? heads % kv_heads == 0 : heads == 0, op, "key",
+               "of a head count that divides the query's", kv_heads);
+  check_shape(key, {batch, kv_heads, key.size(2), query.size(3)}, op, "key");
+  check_shape(value, {batch, kv_heads, key.size(2), value.size(3)}, op, "value");
+  check_dropout(options.dropout_p, options.seed, op);
+  FASTNN_CHECK(options.softcap >= 0, op, "softcap", "at least 0", options.softcap);
+  if (options.mask.has_value()) {
+    const at::Tensor& mask = *options.mask;
+    const auto type = mask.scalar_type();
+    FASTNN_CHECK(type == at::kBool || type == query.scalar_type() || type == at::kFloat, op,
+                 "attn_mask", "bool, float32 or of the query's dtype", type);
+    const int64_t full[4] = {batch, heads, query.size(2), key.size(2)};
+    bool fits = mask.dim() <= 4;
+    for (int64_t i = 0; fits && i < mask.dim(); ++i) {
+      const int64_t size = mask.size(mask.dim() - 1 - i);
+      fits = size == 1 || size == full[3 - i];
+    }
+    TORCH_CHECK(fits, op, ": attn_mask must be broadcastable to ", at::IntArrayRef(full, 4),
+                ", got ", mask.sizes());
+  }
+}
+
+namespace {
+
+// Decoding: up to this many query rows per kv head, K and V are read once and in place.
+constexpr int64_t kFewRows = 8;
+
+// One row's step of the online softmax: scores s (times factor) become probabilities relative to the
+// new maximum, with dropout's `keep` (or null) applied. Returns what earlier sums are to be
+// multiplied by.
+template <typename A, typename C>
+A softmax_step(A* s, int64_t width, A factor, A& m, A& l, const A* keep, C* probs) {
+  using Vec = Vectorized<A>;
+  constexpr int64_t kLane = Vec::size();
+  Vec largest(-kInfinity<A>);
+  for (int64_t c = 0; c < width; c += kLane) {
+    // clamp_min is one instruction; a NaN that it loses comes back through the sum.
+    largest = at::vec::clamp_min(Vec::loadu(s + c), largest);
+  }
+  const A row = factor * at::vec::vec_reduce_all<A>(
+                             [](Vec x, Vec y) { return at::vec::maximum(x, y); }, largest);
+  const A next = row > m || row != row ? row : m;
+  const A base = next == -kInfinity<A> ? A(0) : next;
+  const Vec shift(-base), scale(factor);
+  Vec sum(A(0));
+  for (int64_t c = 0; c < width; c += kLane) {
+    Vec value = exp_below(at::vec::fmadd(Vec::loadu(s + c), scale, shift));
+    sum = sum + value;
+    if (keep) value = value * Vec::loadu(keep + c);
+    store_vec<C>(probs + c, value);
+  }
+  const A alpha = std::exp(m - base);
+  l = l * alpha + at::vec::vec_reduce_all<A>([](Vec x, Vec y) { return x + y; }, sum);
+  m = next;
+  return alpha;
+}
+
+template <typename T>
+struct Output {
+  using A = accumulate_t<T>;
+  const Problem<T>& p;
+  T* out;
+  A* lse;
+
+  // Row (b, h, q) from its unnormalized sum o; a row that saw no key is 0, with lse -inf.
+  void write(int64_t b, int64_t h, int64_t q, const A* o, A m, A l) const {
+    using Vec = Vectorized<A>;
+    const int64_t row = p.row_index(b, h, q);
+    const bool empty = l == A(0) || m == -kInfinity<A>;
+    const bool nan = l != l;
+    const Vec inverse(empty && !nan ? A(0) : A(1) / l);
+    for (int64_t d = 0; d < p.value_dim; d += Vec::size()) {
+      store_vec<T>(out + row * p.value_dim + d, Vec::loadu(o + d) * inverse, p.value_dim - d);
+    }
+    lse[row] = nan ? l : empty ? -kInfinity<A> : m + std::log(l);
+  }
+};
+
+template <typename T, typename C>
+class Forward {
+ public:
+  using A = accumulate_t<T>;
+  using Vec = Vectorized<A>;
+
+  Forward(const Problem<T>& p, const Output<T>& output)
+      : p_(p), output_(output), depth_(pad_k<C>(p.dim)),
+        width_(round_up(p.value_dim, Vec::size())), q_(kQueryBlock * depth_),
+        s_(kQueryBlock * p.key_block), probs_(kQueryBlock * p.key_block), o_(kQueryBlock * width_),
+        m_(kQueryBlock), l_(kQueryBlock), bias_(p.key_block), keep_(p.key_block) {}
+
+  void run(int64_t b, int64_t h, int64_t i, const Keys<T, C>& keys, int64_t slot) const {
+    const int64_t rows = p_.rows_of(i), ld = p_.key_block;
+    load_rows<T, C>(p_.query.at(b, h, i * kQueryBlock), p_.query.row, p_.query.col, rows, p_.dim,
+                    q_.get(), depth_);
+    std::fill_n(o_.get(), rows * width_, A(0));
+    // A sink is a key seen by every row, whose value is 0.
+    std::fill_n(m_.get(), rows, p_.sinks ? p_.sinks[b * p_.heads + h] : -kInfinity<A>);
+    std::fill_n(l_.get(), rows, p_.sinks ? A(1) : A(0));
+    for (int64_t j = p_.first_block(i); j < p_.last_block(i); ++j) {
+      const Tile tile{b, h, i * kQueryBlock, rows, j * p_.key_block, p_.cols_of(j)};
+      const int64_t at = slot * p_.key_blocks + j;
+      tile_gemm<C>(rows, tile.cols, p_.dim, q_.get(), depth_, keys.k.get() + at * keys.size_k,
+                   s_.get(), ld, false);
+      finish_scores<T>(p_, tile, s_.get(), ld, bias_.get(), nullptr);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (p_.dropout) {
+          dropout_row(p_.philox, p_.rate, p_.row_index(b, h, tile.q0 + r), p_.keys, tile.k0,
+                      round_up(tile.cols, kRowPad), keep_.get());
+        }
+        const A alpha = softmax_step<A, C>(s_.get() + r * ld, round_up(tile.cols, kRowPad),
+                                           p_.factor(), m_.get()[r], l_.get()[r],
+                                           p_.dropout ? keep_.get() : nullptr,
+                                           probs_.get() + r * ld);
+        if (alpha != A(1)) {
+          A* o = o_.get() + r * width_;
+          for (int64_t d = 0; d < width_; d += Vec::size()) {
+            (Vec::loadu(o + d) * Vec(alpha)).store(o + d);
+          }
+        }
+      }
+      if (keys.v_finite.get()[at]) {
+        tile_gemm<C>(rows, p_.value_dim, tile.cols, probs_.get(), ld,
+                     keys.v.get() + at * keys.size_v, o_.get(), width_, true);
+      } else {
+        const int64_t kv = h / p_.group;
+        accumulate_visible(rows, p_.value_dim, tile.cols, probs_.get(), ld, 1,
+                           p_.value.at(b, kv, tile.k0), p_.value.row, p_.value.col, o_.get(),
+                           width_, 1);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      output_.write(b, h, i * kQueryBlock + r, o_.get() + r * width_, m_.get()[r], l_.get()[r]);
+    }
+  }
+
+ private:
+  const Problem<T>& p_;
+  const Output<T>& output_;
+  int64_t depth_, width_;
+  Buffer<C> q_;
+  Buffer<A> s_;
+  Buffer<C> probs_;
+  Buffer<A> o_, m_, l_, bias_, keep_;
+};
+
+// All query rows of one kv head against keys and values that are read where they lie.
+template <typename T>
+class FewRows {
+ public:
+  using A = accumulate_t<T>;
+  using Vec = Vectorized<A>;
+  static constexpr int64_t kLane = Vec::size();
+
+  static bool serves(const Problem<T>& p) {
+    return p.group * p.queries <= kFewRows && p.key.col == 1 && p.value.col == 1;
+  }
+
+  FewRows(const Problem<T>& p, const Output<T>& output)
+      : p_(p), output_(output), depth_(round_up(p.dim, kLane)),
+        width_(round_up(p.value_dim, kLane)), q_(kFewRows * depth_), s_(kFewRows * p.key_block),
+        o_(kFewRows * width_), bias_(p.key_block), keep_(p.key_block) {}
+
+  void run(int64_t b, int64_t kv) const {
+    const int64_t rows = p_.group * p_.queries, ld = p_.key_block;
+    A m[kFewRows], l[kFewRows];
+    std::fill_n(o_.get(), rows * width_, A(0));
+    for (int64_t g = 0; g < p_.group; ++g) {
+      const int64_t h = kv * p_.group + g;
+      load_rows<T, A>(p_.query.at(b, h, 0), p_.query.row, p_.query.col, p_.queries, p_.dim,
+                      q_.get() + g * p_.queries * depth_, depth_);
+      std::fill_n(m + g * p_.queries, p_.queries,
+                  p_.sinks ? p_.sinks[b * p_.heads + h] : -kInfinity<A>);
+      std::fill_n(l + g * p_.queries, p_.queries, p_.sinks ? A(1) : A(0));
+    }
+    for (int64_t j = p_.first_block(0); j < p_.last_block(0); ++j) {
+      const int64_t k0 = j * p_.key_block, cols = p_.cols_of(j);
+      products(p_.key.at(b, kv, k0), rows, cols);
+      for (int64_t g = 0; g < p_.group; ++g) {
+        const int64_t h = kv * p_.group + g, first = g * p_.queries;
+        const Tile tile{b, h, 0, p_.queries, k0, cols};
+        finish_scores<T>(p_, tile, s_.get() + first * ld, ld, bias_.get(), nullptr);
+        for (int64_t q = 0; q < p_.queries; ++q) {
+          if (p_.dropout) {
+            dropout_row(p_.philox, p_.rate, p_.row_index(b, h, q), p_.keys, k0,
+                        round_up(cols, kRowPad), keep_.get());
+          }
+          const int64_t r = first + q;
+          A* s = s_.get() + r * ld;
+          const A alpha = softmax_step<A, A>(s, round_up(cols, kRowPad), p_.factor(), m[r], l[r],
+                                             p_.dropout ? keep_.get() : nullptr, s);
+          weigh(p_.value.at(b, kv, k0), s, cols, alpha, o_.get() + r * width_);
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      output_.write(b, kv * p_.group + r / p_.queries, r % p_.queries, o_.get() + r * width_, m[r],
+                    l[r]);
+    }
+  }
+
+ private:
+  // s[r][c] = q_r k_c, four keys at a time.
+  void products(const T* k, int64_t rows, int64_t cols) const {
+    constexpr int kKeys = 4;
+    for (int64_t c0 = 0; c0 < cols; c0 += kKeys) {
+      const T* key[kKeys];
+      for (int i = 0; i < kKeys; ++i) key[i] = k + std::min(c0 + i, cols - 1) * p_.key.row;
+      for (int64_t r = 0; r < rows; ++r) {
+        const A* q = q_.get() + r * depth_;
+        Vec sum[kKeys] = {Vec(A(0)), Vec(A(0)), Vec(A(0)), Vec(A(0))};
+        int64_t d = 0;
+        for (; d + kLane <= p_.dim; d += kLane) {
+          const Vec x = Vec::loadu(q + d);
+          for (int i = 0; i < kKeys; ++i) sum[i] = at::vec::fmadd(x, load_vec(key[i] + d), sum[i]);
+        }
+        if (d < p_.dim) {
+          const Vec x = Vec::loadu(q + d);
+          for (int i = 0; i < kKeys; ++i) {
+            sum[i] = at::vec::fmadd(x, load_vec(key[i] + d, p_.dim - d), sum[i]);
+          }
+        }
+        for (int i = 0; i < kKeys && c0 + i < cols; ++i) {
+          s_.get()[r * p_.key_block + c0 + i] =
+              at::vec::vec_reduce_all<A>([](Vec x, Vec y) { return x + y; }, sum[i]);
+        }
+      }
+    }
+  }
+
+  // o = alpha o + probs V; a hidden key's value is not read.
+  void weigh(const T* v, const A* probs, int64_t cols, A alpha, A* o) const {
+    constexpr int kVecs = 8;
+    for (int64_t d0 = 0; d0 < p_.value_dim; d0 += kVecs * kLane) {
+      const int64_t width = std::min(p_.value_dim - d0, kVecs * kLane);
+      const int64_t vecs = width / kLane, rest = width % kLane;
+      Vec sum[kVecs + 1];
+      for (int64_t i = 0; i < ceil_div(width, kLane); ++i) {
+        sum[i] = Vec::loadu(o + d0 + i * kLane) * Vec(alpha);
+      }
+      for (int64_t c = 0; c < cols; ++c) {
+        if (probs[c] == A(0)) continue;
+        const Vec weight(probs[c]);
+        const T* row = v + c * p_.value.row + d0;
+        if (vecs == kVecs) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kVecs; ++i) {
+            sum[i] = at::vec::fmadd(weight, load_vec(row + i * kLane), sum[i]);
+          }
+          continue;
+        }
+        for (int64_t i = 0; i < vecs; ++i) {
+          sum[i] = at::vec::fmadd(weight, load_vec(row + i * kLane), sum[i]);
+        }
+        if (rest) sum[vecs] = at::vec::fmadd(weight, load_vec(row + vecs * kLane, rest), sum[vecs]);
+      }
+      for (int64_t i = 0; i < ceil_div(width, kLane); ++i) sum[i].store(o + d0 + i * kLane);
+    }
+  }
+
+  const Problem<T>& p_;
+  const Output<T>& output_;
+  int64_t depth_, width_;
+  Buffer<A> q_, s_, o_, bias_, keep_;
+};
+
+template <typename T>
+void forward(const Problem<T>& p, const Output<T>& output) {
+  const int64_t kv_heads = p.batch * p.kv_heads;
+  const double work = static_cast<double>(p.queries) * p.keys * (p.dim + p.value_dim) * p.group;
+  if (FewRows<T>::serves(p)) {
+    at::parallel_for(0, kv_heads, grain(work), [&](int64_t begin, int64_t end) {
+      const FewRows<T> task(p, output);
+      for (int64_t t = begin; t < end; ++t) task.run(t / p.kv_heads, t % p.kv_heads);
+    });
+    return;
+  }
+  visit_tile_type<T>([&](auto tag) {
+    using C = decltype(tag);
+    if (whole_heads(kv_heads, 1.1)) {
+      at::parallel_for(0, kv_heads, grain(work), [&](int64_t begin, int64_t end) {
+        const Forward<T, C> task(p, output);
+        const Keys<T, C> keys(p, 1);
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t b = t / p.kv_heads, kv = t % p.kv_heads;
+          for (int64_t j = 0; j < p.key_blocks; ++j) keys.pack(b, kv, j, 0);
+          for (int64_t n = 0; n < p.group * p.query_blocks; ++n) {
+            task.run(b, kv * p.group + n / p.query_blocks, n % p.query_blocks, keys, 0);
+          }
+        }
+        release_tiles();
+      });
+      return;
+    }
+    const Keys<T, C> keys(p, kv_heads);
+    at::parallel_for(0, kv_heads * p.key_blocks, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t slot = t / p.key_blocks;
+        keys.pack(slot / p.kv_heads, slot % p.kv_heads, t % p.key_blocks, slot);
+      }
+    });
+    const int64_t tasks = p.batch * p.heads * p.query_blocks;
+    at::parallel_for(0, tasks, grain(work / p.group / p.query_blocks), [&](int64_t begin, int64_t end) {
+      const Forward<T, C> task(p, output);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t head = t / p.query_blocks, b = head / p.heads, h = head % p.heads;
+        task.run(b, h, balanced(t % p.query_blocks, p.query_blocks), keys,
+                 b * p.kv_heads + h / p.group);
+      }
+      release_tiles();
+    });
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_forward_cpu(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const std::optional<at::Tensor>& attn_mask, const std::optional<at::Tensor>& alibi_slopes,
+    const std::optional<at::Tensor>& sinks, const std::optional<at::Tensor>& seed, double dropout_p,
+    double scale, double softcap, bool bottom_right, int64_t window_left, int64_t window_right) {
+  const Options options{attn_mask, alibi_slopes, sinks,        seed,        dropout_p,
+                        scale,     softcap,      bottom_right, window_left, window_right};
+  check_attention("attention_forward", query, key, value, options);
+  const auto type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor out = at::empty({query.size(0), query.size(1), query.size(2), value.size(3)},
+                             query.options());
+  at::Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)},
+                             query.options().dtype(type));
+  if (lse.numel() == 0) return {out, lse};
+  visit_float(query.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const Problem<T> problem(query, key, value, options);
+    forward<T>(problem, {problem, out.mutable_data_ptr<T>(),
+                         lse.mutable_data_ptr<accumulate_t<T>>()});
+  });
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace attention
+}  // namespace CPU_CAPABILITY
+}  // namespace fastnn
+
+FASTNN_CPU_KERNELS(m) {
+  m.impl("attention_forward", fastnn::attention::attention_forward_cpu);
+}
