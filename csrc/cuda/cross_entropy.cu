@@ -76,19 +76,19 @@ __global__ void __launch_bounds__(kMaxThreads, kProb ? 1 : 2)
 }
 
 // The gradient of a row's logit x_c (capped), of probability P_c:
-//   scale * P_c - spread * w_c - [c = label] hit,  or with probabilities  scale * P_c - upstream *
-//   u_c
+//   labels:        scale * P_c - spread * w_c - [c = label] hit
+//   probabilities: scale * P_c - upstream * u_c
 struct RowGradient {
   float max, log_sum;  // P = exp(x - max - log_sum)
   float scale, spread, hit, upstream;
   int label;
 };
 
-// float exp is exact to an ulp, so that P is as accurate as its argument. That is off by up to half
-// an ulp of lse: above these sizes the error would show in a gradient of this type.
+// The relative error of P is the rounding of lse, half an ulp: below these sizes it is at most
+// 2^-20 for float, and a quarter of the gradient's own rounding for the half types.
 template <typename T>
 __device__ __forceinline__ float accurate_lse() {
-  return sizeof(T) == 4 ? 16.f : 1024.f;
+  return sizeof(T) == 4 ? 32.f : 1024.f;
 }
 
 constexpr int kWriteUnroll = 2;
@@ -218,8 +218,8 @@ __global__ void __launch_bounds__(kMaxThreads, kProb ? 1 : 2)
     }
   }
 
-  // Probabilities: the scale of P needs the sum of u. A large lse: its rounding is undone by a
-  // pass.
+  // Another pass: with probabilities, as the scale of P needs the sum of u; and where lse is too
+  // large to have been stored with the accuracy that P needs.
   bool again = active && !zero && (kProb || !(fabsf(terms.max) <= accurate_lse<T>()));
   if (layout == Layout::kLanePerRow) again = __syncthreads_or(again);
   const float lse = terms.max;
@@ -309,8 +309,8 @@ struct Launch {
   dim3 grid, block;
 };
 
-// `packets` per row (or elements, where they are single). A warp takes a row of up to 4 rounds of
-// loads, or 16 where there are rows enough to fill the device with warps.
+// A warp takes a row of up to 128 units, or 512 where the rows are enough to fill the device with
+// warps.
 Launch plan(const CrossEntropyProblem& p, int64_t class_stride, int width) {
   const int64_t units = p.classes / width;
   Launch launch;

@@ -56,6 +56,12 @@ at::DimVector rows_shape(const Tensor& logits) {
   return shape;
 }
 
+// Any CUDA argument brings a call here, so the logits may still be elsewhere.
+c10::Device cuda_device(const Tensor& logits, const char* op) {
+  FASTNN_CHECK(logits.is_cuda(), op, "logits", "on a CUDA device", logits.device());
+  return logits.device();
+}
+
 // The arguments that forward and backward share, and the tensors that keep them alive.
 struct Arguments {
   CrossEntropyProblem problem = {};
@@ -121,10 +127,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
                                                          int64_t ignore_index,
                                                          double label_smoothing, double z_loss,
                                                          double softcap) {
+  constexpr const char* kOp = "cross_entropy_forward";
   const at::AutoDispatchBelowADInplaceOrView no_grad;
-  const c10::cuda::CUDAGuard device(logits.device());
-  const Arguments arguments("cross_entropy", logits, target, weight, reduction, ignore_index,
-                            label_smoothing, z_loss, softcap);
+  const c10::cuda::CUDAGuard device(cuda_device(logits, kOp));
+  const Arguments arguments(kOp, logits, target, weight, reduction, ignore_index, label_smoothing,
+                            z_loss, softcap);
   const int64_t rows = arguments.problem.rows;
   const auto options = logits.options().dtype(at::kFloat);
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -158,7 +165,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
     double label_smoothing, double z_loss, double softcap, std::array<bool, 2> output_mask) {
   constexpr const char* kOp = "cross_entropy_backward";
   const at::AutoDispatchBelowADInplaceOrView no_grad;
-  const c10::cuda::CUDAGuard device(logits.device());
+  const c10::cuda::CUDAGuard device(cuda_device(logits, kOp));
   Arguments arguments(kOp, logits, target, weight, reduction, ignore_index, label_smoothing, z_loss,
                       softcap);
   // Fresh float32 copies where the caller's are not: kept alive until the launch.

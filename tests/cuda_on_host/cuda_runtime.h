@@ -1,5 +1,5 @@
-// Just enough of CUDA to run the kernels of csrc/cuda on the host, compiled as C++: every thread of a
-// block is a fiber, and fibers are resumed in a random order, so that a missing barrier shows. A
+// Just enough of CUDA to run the kernels of csrc/cuda on the host, compiled as C++: every thread of
+// a block is a fiber, and fibers are resumed in a random order, so that a missing barrier shows. A
 // barrier that not every thread reaches ends the program with a message.
 #pragma once
 
@@ -143,7 +143,8 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
   for (unsigned i = 0; i < threads; ++i) order[i] = i;
   unsigned done = 0;
   while (done < threads) {
-    for (unsigned i = threads - 1; i > 0; --i) std::swap(order[i], order[random_number() % (i + 1)]);
+    for (unsigned i = threads - 1; i > 0; --i)
+      std::swap(order[i], order[random_number() % (i + 1)]);
     bool moved = false;
     for (const unsigned index : order) {
       Fiber& fiber = running.fibers[index];

@@ -94,7 +94,7 @@ __device__ __forceinline__ Packet<T> load_packet(const T* pointer) {
   uint4 words;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-      : "l"(pointer));
+      : "l"(__cvta_generic_to_global(pointer)));
   *reinterpret_cast<uint4*>(&packet) = words;
 #else
   packet = *reinterpret_cast<const Packet<T>*>(pointer);
