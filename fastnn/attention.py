@@ -26,10 +26,10 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.ops, *tensors, ctx.dropout_p, ctx.scale, ctx.softcap, ctx.bottom_right, *band = inputs
-        ctx.left, ctx.right = band
+        ctx.ops, query, key, value, attn_mask, alibi_slopes, sinks, seed, *options = inputs
+        ctx.dropout_p, ctx.scale, ctx.softcap, ctx.bottom_right, ctx.left, ctx.right = options
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(query, key, value, attn_mask, alibi_slopes, sinks, seed, *output)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):

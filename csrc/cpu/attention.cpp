@@ -6,7 +6,8 @@
 //   where that leaves threads idle, packing is shared and each block of query rows is a task. A few
 //   rows per kv head (decoding) read K and V in place instead.
 //   Memory: the packed K and V in flight plus one tile per thread, linear in the sequence.
-//   Numerics: scores, m, l and O in float (double for double); P is rounded to the type of the GEMM.
+//   Numerics: scores, m, l and O in float (double for double); P is rounded to the type of the
+//   GEMM.
 #include "attention.h"
 
 #include "registry.h"
@@ -51,8 +52,8 @@ namespace {
 // Decoding: up to this many query rows per kv head, K and V are read once and in place.
 constexpr int64_t kFewRows = 8;
 
-// One row's step of the online softmax: scores s (times factor) become probabilities relative to the
-// new maximum, with dropout's `keep` (or null) applied. Returns what earlier sums are to be
+// One row's step of the online softmax: scores s (times factor) become probabilities relative to
+// the new maximum, with dropout's `keep` (or null) applied. Returns what earlier sums are to be
 // multiplied by.
 template <typename A, typename C>
 A softmax_step(A* s, int64_t width, A factor, A& m, A& l, const A* keep, C* probs) {
@@ -109,10 +110,18 @@ class Forward {
   using Vec = Vectorized<A>;
 
   Forward(const Problem<T>& p, const Output<T>& output)
-      : p_(p), output_(output), depth_(pad_k<C>(p.dim)),
-        width_(round_up(p.value_dim, Vec::size())), q_(kQueryBlock * depth_),
-        s_(kQueryBlock * p.key_block), probs_(kQueryBlock * p.key_block), o_(kQueryBlock * width_),
-        m_(kQueryBlock), l_(kQueryBlock), bias_(p.key_block), keep_(p.key_block) {}
+      : p_(p),
+        output_(output),
+        depth_(pad_k<C>(p.dim)),
+        width_(round_up(p.value_dim, Vec::size())),
+        q_(kQueryBlock * depth_),
+        s_(kQueryBlock * p.key_block),
+        probs_(kQueryBlock * p.key_block),
+        o_(kQueryBlock * width_),
+        m_(kQueryBlock),
+        l_(kQueryBlock),
+        bias_(p.key_block),
+        keep_(p.key_block) {}
 
   void run(int64_t b, int64_t h, int64_t i, const Keys<T, C>& keys, int64_t slot) const {
     const int64_t rows = p_.rows_of(i), ld = p_.key_block;
@@ -123,7 +132,7 @@ class Forward {
     std::fill_n(m_.get(), rows, p_.sinks ? p_.sinks[b * p_.heads + h] : -kInfinity<A>);
     std::fill_n(l_.get(), rows, p_.sinks ? A(1) : A(0));
     for (int64_t j = p_.first_block(i); j < p_.last_block(i); ++j) {
-      const Tile tile{b, h, i * kQueryBlock, rows, j * p_.key_block, p_.cols_of(j)};
+      const Tile tile = tile_at(p_, b, h, i, j);
       const int64_t at = slot * p_.key_blocks + j;
       tile_gemm<C>(rows, tile.cols, p_.dim, q_.get(), depth_, keys.k.get() + at * keys.size_k,
                    s_.get(), ld, false);
@@ -133,10 +142,9 @@ class Forward {
           dropout_row(p_.philox, p_.rate, p_.row_index(b, h, tile.q0 + r), p_.keys, tile.k0,
                       round_up(tile.cols, kRowPad), keep_.get());
         }
-        const A alpha = softmax_step<A, C>(s_.get() + r * ld, round_up(tile.cols, kRowPad),
-                                           p_.factor(), m_.get()[r], l_.get()[r],
-                                           p_.dropout ? keep_.get() : nullptr,
-                                           probs_.get() + r * ld);
+        const A alpha = softmax_step<A, C>(
+            s_.get() + r * ld, round_up(tile.cols, kRowPad), p_.factor(), m_.get()[r], l_.get()[r],
+            p_.dropout ? keep_.get() : nullptr, probs_.get() + r * ld);
         if (alpha != A(1)) {
           A* o = o_.get() + r * width_;
           for (int64_t d = 0; d < width_; d += Vec::size()) {
@@ -145,8 +153,8 @@ class Forward {
         }
       }
       if (keys.v_finite.get()[at]) {
-        tile_gemm<C>(rows, p_.value_dim, tile.cols, probs_.get(), ld,
-                     keys.v.get() + at * keys.size_v, o_.get(), width_, true);
+        gemm_first_rows<C>(rows, p_.value_dim, tile.cols, probs_.get(), ld,
+                           keys.v.get() + at * keys.size_v, p_.cols_of(j), o_.get(), width_);
       } else {
         const int64_t kv = h / p_.group;
         accumulate_visible(rows, p_.value_dim, tile.cols, probs_.get(), ld, 1,
@@ -182,9 +190,15 @@ class FewRows {
   }
 
   FewRows(const Problem<T>& p, const Output<T>& output)
-      : p_(p), output_(output), depth_(round_up(p.dim, kLane)),
-        width_(round_up(p.value_dim, kLane)), q_(kFewRows * depth_), s_(kFewRows * p.key_block),
-        o_(kFewRows * width_), bias_(p.key_block), keep_(p.key_block) {}
+      : p_(p),
+        output_(output),
+        depth_(round_up(p.dim, kLane)),
+        width_(round_up(p.value_dim, kLane)),
+        q_(kFewRows * depth_),
+        s_(kFewRows * p.key_block),
+        o_(kFewRows * width_),
+        bias_(p.key_block),
+        keep_(p.key_block) {}
 
   void run(int64_t b, int64_t kv) const {
     const int64_t rows = p_.group * p_.queries, ld = p_.key_block;
@@ -325,15 +339,16 @@ void forward(const Problem<T>& p, const Output<T>& output) {
       }
     });
     const int64_t tasks = p.batch * p.heads * p.query_blocks;
-    at::parallel_for(0, tasks, grain(work / p.group / p.query_blocks), [&](int64_t begin, int64_t end) {
-      const Forward<T, C> task(p, output);
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t head = t / p.query_blocks, b = head / p.heads, h = head % p.heads;
-        task.run(b, h, balanced(t % p.query_blocks, p.query_blocks), keys,
-                 b * p.kv_heads + h / p.group);
-      }
-      release_tiles();
-    });
+    at::parallel_for(
+        0, tasks, grain(work / p.group / p.query_blocks), [&](int64_t begin, int64_t end) {
+          const Forward<T, C> task(p, output);
+          for (int64_t t = begin; t < end; ++t) {
+            const int64_t head = t / p.query_blocks, b = head / p.heads, h = head % p.heads;
+            task.run(b, h, balanced(t % p.query_blocks, p.query_blocks), keys,
+                     b * p.kv_heads + h / p.group);
+          }
+          release_tiles();
+        });
   });
 }
 
@@ -346,16 +361,16 @@ std::tuple<at::Tensor, at::Tensor> attention_forward_cpu(
                         scale,     softcap,      bottom_right, window_left, window_right};
   check_attention("attention_forward", query, key, value, options);
   const auto type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor out = at::empty({query.size(0), query.size(1), query.size(2), value.size(3)},
-                             query.options());
-  at::Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)},
-                             query.options().dtype(type));
+  at::Tensor out =
+      at::empty({query.size(0), query.size(1), query.size(2), value.size(3)}, query.options());
+  at::Tensor lse =
+      at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(type));
   if (lse.numel() == 0) return {out, lse};
   visit_float(query.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Problem<T> problem(query, key, value, options);
-    forward<T>(problem, {problem, out.mutable_data_ptr<T>(),
-                         lse.mutable_data_ptr<accumulate_t<T>>()});
+    forward<T>(problem,
+               {problem, out.mutable_data_ptr<T>(), lse.mutable_data_ptr<accumulate_t<T>>()});
   });
   return {out, lse};
 }
@@ -365,6 +380,4 @@ std::tuple<at::Tensor, at::Tensor> attention_forward_cpu(
 }  // namespace CPU_CAPABILITY
 }  // namespace fastnn
 
-FASTNN_CPU_KERNELS(m) {
-  m.impl("attention_forward", fastnn::attention::attention_forward_cpu);
-}
+FASTNN_CPU_KERNELS(m) { m.impl("attention_forward", fastnn::attention::attention_forward_cpu); }

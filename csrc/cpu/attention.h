@@ -5,8 +5,8 @@
 //   that no thread count changes a sum.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -130,19 +130,30 @@ struct Problem {
   DropoutRate rate;
 
   Problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options& o)
-      : batch(q.size(0)), heads(q.size(1)), kv_heads(k.size(1)),
-        group(kv_heads ? heads / kv_heads : 0), queries(q.size(2)), keys(k.size(2)),
-        dim(q.size(3)), value_dim(v.size(3)), query_blocks(ceil_div(queries, kQueryBlock)),
+      : batch(q.size(0)),
+        heads(q.size(1)),
+        kv_heads(k.size(1)),
+        group(kv_heads ? heads / kv_heads : 0),
+        queries(q.size(2)),
+        keys(k.size(2)),
+        dim(q.size(3)),
+        value_dim(v.size(3)),
+        query_blocks(ceil_div(queries, kQueryBlock)),
         key_block(std::clamp(round_up(keys, kPanel), kPanel, kKeyBlock)),
-        key_blocks(ceil_div(keys, key_block)), query(view<T>(q)), key(view<T>(k)), value(view<T>(v)),
+        key_blocks(ceil_div(keys, key_block)),
+        query(view<T>(q)),
+        key(view<T>(k)),
+        value(view<T>(v)),
         mask(make_mask(o.mask)),
         slopes_tensor(per_head(o.slopes, q, c10::CppTypeToScalarType<A>::value)),
         sinks_tensor(per_head(o.sinks, q, c10::CppTypeToScalarType<A>::value)),
         slopes(slopes_tensor.defined() ? slopes_tensor.const_data_ptr<A>() : nullptr),
         sinks(sinks_tensor.defined() ? sinks_tensor.const_data_ptr<A>() : nullptr),
         band{keys, o.bottom_right ? keys - queries : 0, o.window_left, o.window_right},
-        scale(static_cast<A>(o.scale)), softcap(static_cast<A>(o.softcap)),
-        plain(!softcap && !slopes && !mask.data && scale > 0), dropout(o.dropout_p > 0),
+        scale(static_cast<A>(o.scale)),
+        softcap(static_cast<A>(o.softcap)),
+        plain(!softcap && !slopes && !mask.data && scale > 0),
+        dropout(o.dropout_p > 0),
         rate(dropout_rate(o.dropout_p)) {
     if (dropout) philox = philox_state(*o.seed);
   }
@@ -156,15 +167,31 @@ struct Problem {
   int64_t last_block(int64_t i) const {
     return ceil_div(band.end(i * kQueryBlock + rows_of(i) - 1), key_block);
   }
-  int64_t row_index(int64_t b, int64_t h, int64_t q) const {
-    return (b * heads + h) * queries + q;
-  }
+  int64_t row_index(int64_t b, int64_t h, int64_t q) const { return (b * heads + h) * queries + q; }
 };
 
 // A tile in the problem: its head, first row and first key, and extents.
 struct Tile {
   int64_t b, h, q0, rows, k0, cols;
 };
+
+// Query block i against the keys of block j up to the last one that the band shows to a row of it.
+template <typename T>
+inline Tile tile_at(const Problem<T>& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  const int64_t q0 = i * kQueryBlock, rows = p.rows_of(i), k0 = j * p.key_block;
+  const int64_t seen = round_up(p.band.end(q0 + rows - 1) - k0, kPanel);
+  return {b, h, q0, rows, k0, std::min(p.cols_of(j), seen)};
+}
+
+// C += A B for the first k rows of a B that was packed with `depth` of them.
+template <typename C>
+inline void gemm_first_rows(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda,
+                            const C* packed, int64_t depth, accumulate_t<C>* c, int64_t ldc) {
+  for (int64_t j = 0; j < n; j += kPanel) {
+    tile_gemm<C>(m, std::min(kPanel, n - j), k, a, lda, packed + j * pad_k<C>(depth), c + j, ldc,
+                 true);
+  }
+}
 
 // exp(x) for x <= 88, exactly 0 below the smallest normal number; NaN stays NaN.
 // 2^n times a polynomial in the remainder, fitted at Chebyshev nodes: relative error 3e-9 before
@@ -252,8 +279,8 @@ inline void transpose(const T* src, int64_t stride_row, int64_t stride_col, int6
   }
 }
 
-// c[m][n] += sum over k of a[m][k] b[k][n], a zero in `a` hiding row k of b entirely: the exact path
-// of tiles whose b holds NaN or infinities that 0 * b would let out.
+// c[m][n] += sum over k of a[m][k] b[k][n], a zero in `a` hiding row k of b entirely: the exact
+// path of tiles whose b holds NaN or infinities that 0 * b would let out.
 template <typename E, typename T, typename A>
 inline void accumulate_visible(int64_t m, int64_t n, int64_t k, const E* a, int64_t a_row,
                                int64_t a_col, const T* b, int64_t b_row, int64_t b_col, A* c,
@@ -361,9 +388,12 @@ struct Keys {
   Buffer<uint8_t> v_finite;
 
   Keys(const Problem<T>& p, int64_t heads)
-      : p(p), size_k(packed_size<C>(p.dim, p.key_block)),
-        size_v(packed_size<C>(p.key_block, p.value_dim)), k(heads * p.key_blocks * size_k),
-        v(heads * p.key_blocks * size_v), v_finite(heads * p.key_blocks) {}
+      : p(p),
+        size_k(packed_size<C>(p.dim, p.key_block)),
+        size_v(packed_size<C>(p.key_block, p.value_dim)),
+        k(heads * p.key_blocks * size_k),
+        v(heads * p.key_blocks * size_v),
+        v_finite(heads * p.key_blocks) {}
 
   // Packs key block j of (b, h) as block j of the slot-th head held.
   void pack(int64_t b, int64_t h, int64_t j, int64_t slot) const {

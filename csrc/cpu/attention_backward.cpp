@@ -1,13 +1,15 @@
 // Attention backward: for P = exp(S - lse) recomputed tile by tile, keep the replayed dropout mask,
 //   dV = (P keep)^T dO,  dS = P (keep dO V^T - delta),  delta = rowsum(dO O) - grad_lse,
-//   dQ = scale dS' K,  dK = scale dS'^T Q,  dmask = dS,  dsink = -sum(exp(sink - lse) delta)
+//   dQ = scale dS' K,  dK = scale dS'^T Q,  dmask = dS,
+//   dsink = -sum(exp(sink - lse) delta)
 //   with dS' = dS softcap'. FlashAttention-2 (Dao 2023, algorithm 2) without its atomics.
 //   Work: one task per (batch, kv head), key blocks outside, query blocks inside, dQ in a float
 //   buffer (five GEMMs a tile); where that leaves threads idle, key blocks are tasks for dK and dV,
 //   then query blocks for dQ (seven). Both add in the same order: no bit depends on the threads.
-//   The mask's gradient is a further pass over the mask's own tiles, summing what it is broadcast to.
-//   Memory: packed operands in flight, linear in the sequence. dK, dV are held transposed.
-//   Numerics: gradients accumulate in float (double for double); P and dS are rounded for the GEMMs.
+//   The mask's gradient is a further pass over the mask's own tiles, summing what it is broadcast
+//   to. Memory: packed operands in flight, linear in the sequence. dK, dV are held transposed.
+//   Numerics: gradients accumulate in float (double for double); P and dS are rounded for the
+//   GEMMs.
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/zeros.h>
 
@@ -58,6 +60,7 @@ struct Inputs {
   View<const T> grad_out;
   const A* row_lse;  // +inf for a row that saw no key: all its P are then 0
   const A* delta;
+  A* row_dot;  // or null: gets rowsum(P keep dP), what delta is before O is rounded
 };
 
 // The GEMM operands of key blocks: K^T and V^T for the scores and dP, K for dQ.
@@ -69,10 +72,14 @@ struct KeySide {
   Buffer<uint8_t> k_finite;
 
   KeySide(const Problem<T>& p, int64_t count)
-      : p(p), size_kt(packed_size<C>(p.dim, p.key_block)),
+      : p(p),
+        size_kt(packed_size<C>(p.dim, p.key_block)),
         size_vt(packed_size<C>(p.value_dim, p.key_block)),
-        size_k(packed_size<C>(p.key_block, p.dim)), kt(count * size_kt), vt(count * size_vt),
-        k(count * size_k), k_finite(count) {}
+        size_k(packed_size<C>(p.key_block, p.dim)),
+        kt(count * size_kt),
+        vt(count * size_vt),
+        k(count * size_k),
+        k_finite(count) {}
 
   void pack(int64_t b, int64_t kv, int64_t j, int64_t slot) const {
     const int64_t k0 = j * p.key_block, cols = p.cols_of(j);
@@ -95,18 +102,24 @@ struct QuerySide {
   Buffer<uint8_t> q_finite, go_finite;
 
   QuerySide(const Inputs<T>& in, int64_t count)
-      : in(in), block(pad_k<C>(std::min(in.p.queries, kQueryBlock))), depth(pad_k<C>(in.p.dim)),
-        value_depth(pad_k<C>(in.p.value_dim)), q(count * block * depth),
-        go(count * block * value_depth), qt(count * block * in.p.dim),
-        got(count * block * in.p.value_dim), q_finite(count), go_finite(count) {}
+      : in(in),
+        block(pad_k<C>(std::min(in.p.queries, kQueryBlock))),
+        depth(pad_k<C>(in.p.dim)),
+        value_depth(pad_k<C>(in.p.value_dim)),
+        q(count * block * depth),
+        go(count * block * value_depth),
+        qt(count * block * in.p.dim),
+        got(count * block * in.p.value_dim),
+        q_finite(count),
+        go_finite(count) {}
 
   void load(int64_t b, int64_t h, int64_t i, int64_t slot) const {
     const auto& p = in.p;
     const int64_t rows = p.rows_of(i), padded = pad_k<C>(rows);
     C* q_rows = q.get() + slot * block * depth;
     C* go_rows = go.get() + slot * block * value_depth;
-    load_rows<T, C>(p.query.at(b, h, i * kQueryBlock), p.query.row, p.query.col, rows, p.dim, q_rows,
-                    depth);
+    load_rows<T, C>(p.query.at(b, h, i * kQueryBlock), p.query.row, p.query.col, rows, p.dim,
+                    q_rows, depth);
     load_rows<T, C>(in.grad_out.at(b, h, i * kQueryBlock), in.grad_out.row, in.grad_out.col, rows,
                     p.value_dim, go_rows, value_depth);
     transpose<C, C>(q_rows, depth, 1, rows, p.dim, qt.get() + slot * block * p.dim, block, padded);
@@ -125,9 +138,18 @@ class Backward {
   using Vec = Vectorized<A>;
 
   Backward(const Inputs<T>& in, const KeySide<T, C>& keys, const QuerySide<T, C>& queries)
-      : in_(in), p_(in.p), keys_(keys), queries_(queries), ld_(p_.key_block), p_tile_(tile_size()),
-        ds_tile_(tile_size()), ds_rounded_(tile_size()), packed_(tile_size()),
-        capped_(p_.softcap ? tile_size() : 0), bias_(ld_), keep_(ld_) {}
+      : in_(in),
+        p_(in.p),
+        keys_(keys),
+        queries_(queries),
+        ld_(p_.key_block),
+        p_tile_(tile_size()),
+        ds_tile_(tile_size()),
+        ds_rounded_(tile_size()),
+        packed_(tile_size()),
+        capped_(p_.softcap ? tile_size() : 0),
+        bias_(ld_),
+        keep_(ld_) {}
 
   // P keep and dS of a tile; dS is the gradient of the scores before the mask was added if
   // `at_mask`, else that of scale q k^T.
@@ -137,8 +159,9 @@ class Backward {
     query_slot_ = query_slot;
     A* s = p_tile_.get();
     A* ds = ds_tile_.get();
-    tile_gemm<C>(t.rows, t.cols, p_.dim, queries_.q.get() + query_slot * queries_.block * queries_.depth,
-                 queries_.depth, keys_.kt.get() + key_slot * keys_.size_kt, s, ld_, false);
+    tile_gemm<C>(t.rows, t.cols, p_.dim,
+                 queries_.q.get() + query_slot * queries_.block * queries_.depth, queries_.depth,
+                 keys_.kt.get() + key_slot * keys_.size_kt, s, ld_, false);
     tile_gemm<C>(t.rows, t.cols, p_.value_dim,
                  queries_.go.get() + query_slot * queries_.block * queries_.value_depth,
                  queries_.value_depth, keys_.vt.get() + key_slot * keys_.size_vt, ds, ld_, false);
@@ -153,6 +176,7 @@ class Backward {
         dropout_row(p_.philox, p_.rate, row, p_.keys, t.k0, width, keep_.get());
       }
       const Vec lse(-in_.row_lse[row]), delta(in_.delta[row]);
+      Vec dot(A(0));
       for (int64_t c = 0; c < width; c += Vec::size()) {
         const int64_t at = r * ld_ + c;
         Vec prob = exp_below(at::vec::fmadd(Vec::loadu(s + at), factor, lse));
@@ -164,7 +188,9 @@ class Backward {
           kept = prob * keep;
         }
         // A hidden key's dP may be NaN: its gradient is 0 all the same.
-        grad = Vec::blendv(prob * (grad - delta), zero, prob == zero);
+        const Vec hidden = prob == zero;
+        dot = dot + Vec::blendv(prob * grad, zero, hidden);
+        grad = Vec::blendv(prob * (grad - delta), zero, hidden);
         if (through_cap) {
           const Vec tanh = Vec::loadu(capped_.get() + at) * inverse_cap;
           grad = grad * (one - tanh * tanh);
@@ -173,18 +199,27 @@ class Backward {
         grad.store(ds + at);
         if constexpr (!std::is_same_v<A, C>) store_vec<C>(ds_rounded_.get() + at, grad);
       }
+      row_dot_[r] =
+          at::vec::vec_reduce_all<A>([](const Vec& x, const Vec& y) { return x + y; }, dot);
     }
   }
 
-  // dq (rows x dim) += dS K
+  // dq (rows x dim, or null) += dS K, and the rows' dots
   void add_dq(A* dq) const {
     const Tile& t = tile_;
+    if (in_.row_dot) {
+      A* dot = in_.row_dot + p_.row_index(t.b, t.h, t.q0);
+      for (int64_t r = 0; r < t.rows; ++r) dot[r] += row_dot_[r];
+    }
+    if (!dq) return;
     if (keys_.k_finite.get()[key_slot_]) {
-      tile_gemm<C>(t.rows, p_.dim, t.cols, rounded(), ld_, keys_.k.get() + key_slot_ * keys_.size_k,
-                   dq, p_.dim, true);
+      gemm_first_rows<C>(t.rows, p_.dim, t.cols, rounded(), ld_,
+                         keys_.k.get() + key_slot_ * keys_.size_k, p_.cols_of(t.k0 / ld_), dq,
+                         p_.dim);
     } else {
       accumulate_visible(t.rows, p_.dim, t.cols, ds_tile_.get(), ld_, 1,
-                         p_.key.at(t.b, t.h / p_.group, t.k0), p_.key.row, p_.key.col, dq, p_.dim, 1);
+                         p_.key.at(t.b, t.h / p_.group, t.k0), p_.key.row, p_.key.col, dq, p_.dim,
+                         1);
     }
   }
 
@@ -207,8 +242,8 @@ class Backward {
                    dvt, ld_, true);
     } else if (dvt) {
       accumulate_visible(t.cols, p_.value_dim, t.rows, p_tile_.get(), 1, ld_,
-                         in_.grad_out.at(t.b, t.h, t.q0), in_.grad_out.row, in_.grad_out.col, dvt, 1,
-                         ld_);
+                         in_.grad_out.at(t.b, t.h, t.q0), in_.grad_out.row, in_.grad_out.col, dvt,
+                         1, ld_);
     }
   }
 
@@ -245,6 +280,7 @@ class Backward {
   Buffer<A> p_tile_, ds_tile_;
   Buffer<C> ds_rounded_, packed_;
   Buffer<A> capped_, bias_, keep_;
+  A row_dot_[kQueryBlock];
   Tile tile_{};
   int64_t key_slot_ = 0, query_slot_ = 0;
 };
@@ -306,11 +342,6 @@ bool meet(const Problem<T>& p, int64_t i, int64_t j) {
   return j >= p.first_block(i) && j < p.last_block(i);
 }
 
-template <typename T>
-Tile tile_at(const Problem<T>& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return {b, h, i * kQueryBlock, p.rows_of(i), j * p.key_block, p.cols_of(j)};
-}
-
 // One task per kv head: each tile is computed once.
 template <typename T, typename C>
 void backward_by_head(const Inputs<T>& in, const Gradients<T>& grads, double work) {
@@ -337,7 +368,7 @@ void backward_by_head(const Inputs<T>& in, const Gradients<T>& grads, double wor
           if (!meet(p, i, j)) continue;
           task.run(tile_at(p, b, h, i, j), 0, n, false);
           task.add_dkv(key_grads.dkt(), key_grads.dvt());
-          if (grads.query) task.add_dq(dq.get() + n * dq_block);
+          task.add_dq(grads.query ? dq.get() + n * dq_block : nullptr);
         }
         key_grads.write(b, kv, j);
       }
@@ -397,7 +428,7 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
       release_tiles();
     });
   }
-  if (grads.query) {
+  if (grads.query || in.row_dot) {
     const double each = work / p.group / p.query_blocks;
     at::parallel_for(0, all_queries, grain(each), [&](int64_t begin, int64_t end) {
       Backward<T, C> task(in, keys, queries);
@@ -408,9 +439,9 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
         std::fill_n(dq.get(), kQueryBlock * p.dim, A(0));
         for (int64_t j = p.first_block(i); j < p.last_block(i); ++j) {
           task.run(tile_at(p, b, h, i, j), key_slot(b, h, j), query_slot(b, h, i), false);
-          task.add_dq(dq.get());
+          task.add_dq(grads.query ? dq.get() : nullptr);
         }
-        write_dq(p, grads, b, h, i, dq.get());
+        if (grads.query) write_dq(p, grads, b, h, i, dq.get());
       }
       release_tiles();
     });
@@ -450,18 +481,17 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
   });
 }
 
-// delta and the row's lse as the tiles take them, and each head's part of the sinks' gradient.
+// delta and the row's lse as the tiles take them.
 template <typename T>
 void prepare_rows(const Problem<T>& p, const View<const T>& grad_out, const View<const T>& out,
                   const at::Tensor& lse, const at::Tensor& grad_lse, accumulate_t<T>* row_lse,
-                  accumulate_t<T>* delta, accumulate_t<T>* sink_parts) {
+                  accumulate_t<T>* delta) {
   using A = accumulate_t<T>;
   const A* lse_data = lse.const_data_ptr<A>();
   const A* grad_lse_data = grad_lse.defined() ? grad_lse.const_data_ptr<A>() : nullptr;
   const int64_t heads = p.batch * p.heads;
   at::parallel_for(0, heads, grain(p.queries * p.value_dim), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      A part = 0;
       for (int64_t q = 0; q < p.queries; ++q) {
         const T* g = grad_out.at(t / p.heads, t % p.heads, q);
         const T* o = out.at(t / p.heads, t % p.heads, q);
@@ -480,13 +510,27 @@ void prepare_rows(const Problem<T>& p, const View<const T>& grad_out, const View
           sum += static_cast<A>(g[d * grad_out.col]) * static_cast<A>(o[d * out.col]);
         }
         delta[row] = grad_lse_data ? sum - grad_lse_data[row] : sum;
-        const bool empty = lse_data[row] == -kInfinity<A>;
-        row_lse[row] = empty ? kInfinity<A> : lse_data[row];
-        if (p.sinks && !empty) part -= std::exp(p.sinks[t] - lse_data[row]) * delta[row];
+        row_lse[row] = lse_data[row] == -kInfinity<A> ? kInfinity<A> : lse_data[row];
       }
-      if (sink_parts) sink_parts[t] = part;
     }
   });
+}
+
+// Each head's sink: a key of probability exp(sink - lse) whose dP is 0.
+template <typename T>
+void sink_gradients(const Problem<T>& p, const accumulate_t<T>* row_lse,
+                    const accumulate_t<T>* row_dot, const at::Tensor& grad_lse,
+                    accumulate_t<T>* grads) {
+  using A = accumulate_t<T>;
+  const A* grad_lse_data = grad_lse.defined() ? grad_lse.const_data_ptr<A>() : nullptr;
+  for (int64_t t = 0; t < p.batch * p.heads; ++t) {
+    A sum = 0;
+    for (int64_t row = t * p.queries; row < (t + 1) * p.queries; ++row) {
+      const A dot = grad_lse_data ? row_dot[row] - grad_lse_data[row] : row_dot[row];
+      sum -= std::exp(p.sinks[t] - row_lse[row]) * dot;
+    }
+    grads[t] = sum;
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
@@ -511,20 +555,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
                "false without attn_mask", true);
   FASTNN_CHECK(!output_mask[4] || sinks.has_value(), op, "output_mask[4]", "false without sinks",
                true);
-  const auto wide = query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto wide =
+      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const bool empty = batch * heads * queries * key.size(2) == 0;
   const auto gradient = [&](bool wanted, const at::Tensor& like) {
     if (!wanted) return at::empty({0}, like.options());
-    return empty ? at::zeros(like.sizes(), like.options()) : at::empty(like.sizes(), like.options());
+    return empty ? at::zeros(like.sizes(), like.options())
+                 : at::empty(like.sizes(), like.options());
   };
   at::Tensor grad_query = gradient(output_mask[0], query);
   at::Tensor grad_key = gradient(output_mask[1], key);
   at::Tensor grad_value = gradient(output_mask[2], value);
-  at::Tensor grad_mask = at::empty({0}, attn_mask.has_value() ? attn_mask->options() : query.options());
+  at::Tensor grad_mask =
+      at::empty({0}, attn_mask.has_value() ? attn_mask->options() : query.options());
   at::Tensor grad_sinks = at::empty({0}, sinks.has_value() ? sinks->options() : query.options());
   const at::Tensor row_lse = at::empty({batch, heads, queries}, wide);
   const at::Tensor delta = at::empty({batch, heads, queries}, wide);
-  const at::Tensor sink_parts = at::zeros({batch, heads}, wide);
+  const at::Tensor row_dot =
+      output_mask[4] ? at::zeros({batch, heads, queries}, wide) : at::Tensor();
   visit_float(query.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = accumulate_t<T>;
@@ -532,15 +580,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
     const at::Tensor lse_rows = lse.to(wide).contiguous();
     const at::Tensor grad_lse_rows =
         grad_lse.has_value() ? grad_lse->to(wide).contiguous() : at::Tensor();
-    const Inputs<T> in{p, view<T>(grad_out), row_lse.const_data_ptr<A>(), delta.const_data_ptr<A>()};
+    const Inputs<T> in{p, view<T>(grad_out), row_lse.const_data_ptr<A>(), delta.const_data_ptr<A>(),
+                       output_mask[4] ? row_dot.mutable_data_ptr<A>() : nullptr};
     prepare_rows<T>(p, in.grad_out, view<T>(out), lse_rows, grad_lse_rows,
-                    row_lse.mutable_data_ptr<A>(), delta.mutable_data_ptr<A>(),
-                    sink_parts.mutable_data_ptr<A>());
+                    row_lse.mutable_data_ptr<A>(), delta.mutable_data_ptr<A>());
     if (output_mask[3]) {
       grad_mask = at::zeros(attn_mask->sizes(), wide);
     }
     const bool inputs = output_mask[0] || output_mask[1] || output_mask[2];
-    if (!empty && (inputs || output_mask[3])) {
+    if (!empty && (inputs || output_mask[3] || output_mask[4])) {
       const Gradients<T> grads{output_mask[0] ? grad_query.mutable_data_ptr<T>() : nullptr,
                                output_mask[1] ? grad_key.mutable_data_ptr<T>() : nullptr,
                                output_mask[2] ? grad_value.mutable_data_ptr<T>() : nullptr};
@@ -549,18 +597,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
       visit_tile_type<T>([&](auto tile_tag) {
         using C = decltype(tile_tag);
         if (output_mask[3] || !whole_heads(batch * p.kv_heads, 1.4)) {
-          backward_by_block<T, C>(
-              in, grads, output_mask[3] ? grad_mask.mutable_data_ptr<A>() : nullptr, work);
+          backward_by_block<T, C>(in, grads,
+                                  output_mask[3] ? grad_mask.mutable_data_ptr<A>() : nullptr, work);
         } else {
           backward_by_head<T, C>(in, grads, work);
         }
       });
     }
+    if (output_mask[4]) {
+      const at::Tensor parts = at::empty({batch, heads}, wide);
+      sink_gradients<T>(p, in.row_lse, row_dot.const_data_ptr<A>(), grad_lse_rows,
+                        parts.mutable_data_ptr<A>());
+      grad_sinks = at::sum_to(parts, sinks->sizes()).to(sinks->scalar_type()).contiguous();
+    }
   });
   if (output_mask[3]) grad_mask = grad_mask.to(attn_mask->scalar_type());
-  if (output_mask[4]) {
-    grad_sinks = at::sum_to(sink_parts, sinks->sizes()).to(sinks->scalar_type()).contiguous();
-  }
   return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
 }
 
@@ -569,6 +620,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
 }  // namespace CPU_CAPABILITY
 }  // namespace fastnn
 
-FASTNN_CPU_KERNELS(m) {
-  m.impl("attention_backward", &fastnn::attention::attention_backward_cpu);
-}
+FASTNN_CPU_KERNELS(m) { m.impl("attention_backward", &fastnn::attention::attention_backward_cpu); }
