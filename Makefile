@@ -20,11 +20,6 @@ BUILT   := $(VENV)/.fastnn-$(FLAVOUR)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 
-# In place, so that build/ keeps the objects: `pip install -e` would compile everything every time.
-ifneq ($(FASTNN_BUILD_EXT),0)
-BUILD   := $(BIN)/python setup.py -q build_ext --inplace
-endif
-
 .PHONY: help report test lint format bench wheel clean distclean preflight
 
 help:
@@ -54,10 +49,9 @@ $(READY): | $(BIN)/python
 
 $(BUILT): $(READY) setup.py pyproject.toml $(SOURCES) | preflight
 	@rm -f $(VENV)/.fastnn-*
-	@echo "building and installing fastnn"
+	@echo "building and installing fastnn (some minutes)"
 	@rm -f fastnn/_C*.so
-	@$(BUILD)
-	@FASTNN_BUILD_EXT=0 $(PIP) --no-build-isolation -e ".[test,bench,examples]" torch==$(TORCH)
+	@$(PIP) --no-build-isolation -e ".[test,bench,examples]" torch==$(TORCH)
 	@touch $@
 
 report: $(BUILT)
