@@ -16,7 +16,9 @@ from fastnn.transformer import (
     TransformerEncoderLayer,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors"
+)
 ACTIVATIONS = [
     nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Sigmoid(),
     nn.Tanh(), nn.LeakyReLU(),
