@@ -3,8 +3,8 @@
 usage: python compile_triton.py CAPABILITY MODULE...
 
 A module with kernels offers `aot()` or `AOT`: (kernel, signature, constexprs[, options]) of each
-launch to compile. Prints one JSON object a launch: the kernel's name, its constexprs, its registers,
-and its stack, local and shared bytes.
+launch to compile. Prints one JSON object a launch: the kernel's name, its constexprs, registers,
+and stack, local and shared bytes.
 """
 
 import json
