@@ -2,8 +2,9 @@
 
 usage: python compile_triton.py CAPABILITY MODULE...
 
-A module with kernels offers `aot()` or `AOT`: (kernel, signature, constexprs[, options]). Prints one JSON object
-a kernel: its name and constexprs, registers, stack and local bytes, and shared memory.
+A module with kernels offers `aot()` or `AOT`: (kernel, signature, constexprs[, options]) of each
+launch to compile. Prints one JSON object a launch: the kernel's name, its constexprs, registers,
+and stack, local and shared bytes.
 """
 
 import json
