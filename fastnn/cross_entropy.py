@@ -196,9 +196,7 @@ def cross_entropy(
             dtype = torch.promote_types(dtype, weight.dtype)
     if target.dtype == _BYTE_LABELS:
         target = target.long()
-    ops = backend.resolve(
-        name, input, soft_target=soft, dims=dims, mixed=soft and target.dtype != input.dtype
-    )
+    ops = backend.resolve(name, input, prob_target=soft, k_dim=dims > 2)
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap or 0.0)
     if ops is None:
         return _reference(input, target, weight, options, return_lse)

@@ -201,7 +201,7 @@ def linear_cross_entropy(
 
     differentiable_target = soft and target.requires_grad and torch.is_grad_enabled()
     if not features and not differentiable_target:
-        ops = backend.resolve(name, input, soft_target=soft)
+        ops = backend.resolve(name, input, prob_target=soft)
     elif backend.current_backend() in ("auto", "reference"):
         ops = None
     else:
