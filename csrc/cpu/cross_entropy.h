@@ -319,7 +319,9 @@ template <Target kind, typename A>
 inline A label_gradient(const LossOptions<A>& options, const RowGradient<A>& row, A logit) {
   const A p = std::exp(logit - row.reference) / row.sum;
   const A share = kind == Target::kIndex ? A(0) : options.share;
-  const A q = options.class_weight(row.label) * (A(1) - options.smoothing + share);
+  // As target_mass does, so that for a single class the two cancel to the last bit.
+  const A weight = options.class_weight(row.label);
+  const A q = (A(1) - options.smoothing) * weight + share * weight;
   const A grad = row.g * (row.mass * p - q) + row.extra * p;
   if (options.softcap == A(0)) return grad;
   const A t = logit / options.softcap;
