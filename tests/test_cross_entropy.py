@@ -64,6 +64,7 @@ def make(shape, dtype, option, soft=False):
 def evaluate(function, x, target, weight, double=False, **options):
     """Loss and gradients for a non-uniform upstream gradient."""
     to = (lambda t: t.double()) if double else (lambda t: t)
+    dtype = x.dtype
     x = to(x).detach().requires_grad_()
     inputs = [x]
     if target.is_floating_point():
@@ -72,7 +73,9 @@ def evaluate(function, x, target, weight, double=False, **options):
     weight = None if weight is None else to(weight)
     loss = function(x, target, weight, **options)
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(loss.shape, dtype=torch.float64, generator=generator).to(loss.dtype)
+    grad = torch.randn(loss.shape, dtype=torch.float64, generator=generator)
+    # The oracle is given the same rounded gradient.
+    grad = grad.to(dtype).to(loss.dtype)
     return loss.detach(), *torch.autograd.grad(loss, inputs, grad)
 
 

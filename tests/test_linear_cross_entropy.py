@@ -55,6 +55,7 @@ def make(rows, features, classes, dtype, option, soft=False):
 def evaluate(function, tensors, target, double=False, bias=True, **options):
     """Loss and gradients for a non-uniform upstream gradient."""
     to = (lambda t: t.double()) if double else (lambda t: t)
+    dtype = tensors[0].dtype
     inputs = [to(t).detach().requires_grad_() for t in tensors[: 3 if bias else 2]]
     if options.get("weight") is not None:
         options["weight"] = to(options["weight"])
@@ -64,7 +65,9 @@ def evaluate(function, tensors, target, double=False, bias=True, **options):
         input, weight, target, linear_bias=linear_bias[0] if linear_bias else None, **options
     )
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(loss.shape, dtype=torch.float64, generator=generator).to(loss.dtype)
+    grad = torch.randn(loss.shape, dtype=torch.float64, generator=generator)
+    # The oracle is given the same rounded gradient.
+    grad = grad.to(dtype).to(loss.dtype)
     return loss.detach(), *torch.autograd.grad(loss, inputs, grad)
 
 
