@@ -98,9 +98,7 @@ def _check_arguments(name, input, linear_weight, linear_bias, target, weight):
     if input.dim() == 0:
         _check.fail(RuntimeError, name, "input", "at least 1-D", "a scalar")
     if linear_weight.dim() < 2:
-        _check.fail(
-            RuntimeError, name, "linear_weight", "at least 2-D", tuple(linear_weight.shape)
-        )
+        _check.fail(RuntimeError, name, "linear_weight", "at least 2-D", tuple(linear_weight.shape))
     if input.shape[-1] != linear_weight.shape[-1]:
         expected = f"of shape (*, {linear_weight.shape[-1]})"
         _check.fail(RuntimeError, name, "input", expected, tuple(input.shape))
@@ -186,9 +184,7 @@ def linear_cross_entropy(
         _check.fail(ValueError, name, "shift", "at least 0 (with input (*, S, in))", shift)
     rows = input.shape[:-1]
     features = linear_weight.shape[1:-1]
-    soft = check_target(
-        name, "input", input, target, rows + features, (*rows, classes, *features)
-    )
+    soft = check_target(name, "input", input, target, rows + features, (*rows, classes, *features))
     if soft and ignore_index is not None:
         expected = "None where target is probabilities"
         _check.fail(RuntimeError, name, "ignore_index", expected, ignore_index)
@@ -205,7 +201,7 @@ def linear_cross_entropy(
 
     differentiable_target = soft and target.requires_grad and torch.is_grad_enabled()
     if not features and not differentiable_target:
-        ops = backend.resolve(name, input, soft_target=soft)
+        ops = backend.resolve(name, input, prob_target=soft)
     elif backend.current_backend() in ("auto", "reference"):
         ops = None
     else:

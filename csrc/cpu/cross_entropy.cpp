@@ -18,8 +18,10 @@ namespace {
 
 constexpr int64_t kStrip = 16;  // rows of a transposed tile
 constexpr int64_t kTileClasses = 256;
-// Up to here rows go side by side through vectors: a row alone does not fill enough of them.
-constexpr int64_t kFewClasses = 64;
+// Up to here rows go side by side through vectors: a row alone does not fill enough of them. The
+// backward has no sums across a vector, so transposing pays only where a row is a fraction of one.
+constexpr int64_t kFewForward = 64;
+constexpr int64_t kFewBackward = 4;
 
 // Where row r = (n, i) of logits (N, C, inner) lies: base(r) + c * stride_c.
 template <typename T>
@@ -47,7 +49,9 @@ Matrix<T> matrix_of(const at::Tensor& x, Element* data) {
   return {data, x.stride(0), single_class ? 1 : x.stride(1), x.stride(2), x.size(2)};
 }
 
-int64_t grain_of(int64_t classes) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(classes, 1)); }
+int64_t grain_of(int64_t classes) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(classes, 1));
+}
 
 // The rows of a strip: where each begins, and whether they lie side by side.
 template <typename T>
@@ -130,8 +134,8 @@ struct Problem {
   Matrix<const T> logits;
   int64_t rows = 0;
   const int64_t* labels = nullptr;
-  Matrix<const T> narrow;  // probabilities in the logits' dtype,
-  Matrix<const A> wide;    // or in the accumulation type
+  Matrix<const T> narrow;   // probabilities in the logits' dtype,
+  Matrix<const A> wide;     // or in the accumulation type
   bool contiguous = false;  // a row is worth going along
 
   bool counted(int64_t r) const { return !labels || labels[r] != options.ignore_index; }
@@ -212,7 +216,8 @@ void for_stats(const Problem<T>& p, const F& f) {
   const int64_t classes = p.options.classes;
   const int64_t blocks = (classes + kBlock - 1) / kBlock;
   if (!p.contiguous) {
-    at::parallel_for(0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / kStrip),
+    at::parallel_for(0, (p.rows + kStrip - 1) / kStrip,
+                     std::max<int64_t>(1, grain_of(classes) / kStrip),
                      [&](int64_t begin, int64_t end) {
                        for (int64_t strip = begin; strip < end; ++strip) {
                          RowStats<A> stats[kStrip];
@@ -275,7 +280,8 @@ void strip_gradient(const Problem<T>& p, const RowGradient<A>* rows, int64_t fir
   alignas(64) A tile[kStrip * kTileClasses];
   alignas(64) A target[kSoftTile];
   alignas(64) A grad_target[kSoftTile];
-  alignas(64) A references[kStrip] = {}, scales[kStrip] = {}, gs[kStrip] = {}, log_sums[kStrip] = {};
+  alignas(64) A references[kStrip] = {}, scales[kStrip] = {}, gs[kStrip] = {},
+                log_sums[kStrip] = {};
   for (int64_t r = 0; r < count; ++r) {
     references[r] = rows[r].is_zero() ? A(0) : rows[r].reference;
     scales[r] = rows[r].scale;
@@ -350,29 +356,29 @@ void backward_rows(const Problem<T>& p, const RowGradients<A>& upstream, const A
     return used && (kind == Target::kSoft || !(std::abs(lse[r]) <= A(kExactLse<T>)));
   };
   if (!p.contiguous || !out.logits.data) {
-    at::parallel_for(
-        0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / kStrip),
-        [&](int64_t begin, int64_t end) {
-          for (int64_t strip = begin; strip < end; ++strip) {
-            const int64_t first = strip * kStrip;
-            const int64_t count = std::min(kStrip, p.rows - first);
-            RowGradient<A> rows[kStrip];
-            bool exact = false;
-            for (int64_t r = 0; r < count; ++r) {
-              rows[r] = from_lse(first + r);
-              exact = exact || needs_stats(first + r);
-            }
-            if (exact) {
-              RowStats<A> stats[kStrip];
-              strip_stats<kind>(p, first, count, stats);
-              for (int64_t r = 0; r < count; ++r) {
-                rows[r] = row_gradient(p.options, stats[r], p.label(first + r), g_of(first + r),
-                                       upstream.of_lse(first + r));
-              }
-            }
-            strip_gradient<kind>(p, rows, first, count, out);
-          }
-        });
+    at::parallel_for(0, (p.rows + kStrip - 1) / kStrip,
+                     std::max<int64_t>(1, grain_of(classes) / kStrip),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t strip = begin; strip < end; ++strip) {
+                         const int64_t first = strip * kStrip;
+                         const int64_t count = std::min(kStrip, p.rows - first);
+                         RowGradient<A> rows[kStrip];
+                         bool exact = false;
+                         for (int64_t r = 0; r < count; ++r) {
+                           rows[r] = from_lse(first + r);
+                           exact = exact || needs_stats(first + r);
+                         }
+                         if (exact) {
+                           RowStats<A> stats[kStrip];
+                           strip_stats<kind>(p, first, count, stats);
+                           for (int64_t r = 0; r < count; ++r) {
+                             rows[r] = row_gradient(p.options, stats[r], p.label(first + r),
+                                                    g_of(first + r), upstream.of_lse(first + r));
+                           }
+                         }
+                         strip_gradient<kind>(p, rows, first, count, out);
+                       }
+                     });
     return;
   }
   const auto target_gradient_row = [&](int64_t r) {
@@ -421,7 +427,7 @@ void backward_rows(const Problem<T>& p, const RowGradients<A>& upstream, const A
 template <typename T>
 Problem<T> make_problem(const char* op, const at::Tensor& logits, const at::Tensor& target,
                         const std::optional<at::Tensor>& weight, const LossArguments& arguments,
-                        std::vector<at::Tensor>& holders) {
+                        int64_t few_classes, std::vector<at::Tensor>& holders) {
   using A = accumulate_t<T>;
   Problem<T> p;
   holders.resize(3);
@@ -431,7 +437,7 @@ Problem<T> make_problem(const char* op, const at::Tensor& logits, const at::Tens
   holders.push_back(x);
   p.logits = matrix_of<const T>(x, x.const_data_ptr<T>());
   p.rows = x.size(0) * x.size(2);
-  p.contiguous = p.logits.rows_are_contiguous() && classes > kFewClasses;
+  p.contiguous = p.logits.rows_are_contiguous() && classes > few_classes;
   if (p.soft()) {
     check_shape(target, logits.sizes(), op, "target");
     const bool narrow = target.scalar_type() == logits.scalar_type();
@@ -461,7 +467,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_typed(
   using A = accumulate_t<T>;
   std::vector<at::Tensor> holders;
   const auto p = make_problem<T>("cross_entropy_forward", logits, target, weight, arguments,
-                                 holders);
+                                 kFewForward, holders);
   const double total = total_target_weight(p.options, p.labels, p.rows);
   auto shape = logits.sizes().vec();
   shape.erase(shape.begin() + (logits.dim() > 1 ? 1 : 0));
@@ -482,7 +488,7 @@ std::tuple<at::Tensor, at::Tensor> backward_typed(
   using A = accumulate_t<T>;
   std::vector<at::Tensor> holders;
   const auto p = make_problem<T>("cross_entropy_backward", logits, target, weight, arguments,
-                                 holders);
+                                 kFewBackward, holders);
   if (p.labels) total_target_weight(p.options, p.labels, p.rows);
   const RowGradients<A> upstream(p.options, grad_loss, grad_lse, total_weight.item<double>());
   const at::Tensor saved = lse.contiguous();
@@ -525,8 +531,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(
     std::string_view reduction, int64_t ignore_index, double label_smoothing, double z_loss,
     double softcap) {
   check_float(logits, true, "cross_entropy_forward", "logits");
-  FASTNN_CHECK(logits.dim() >= 1, "cross_entropy_forward", "logits", "at least 1-D",
-               logits.dim());
+  FASTNN_CHECK(logits.dim() >= 1, "cross_entropy_forward", "logits", "at least 1-D", logits.dim());
   const LossArguments arguments{reduction, ignore_index, label_smoothing, z_loss, softcap};
   return AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, logits.scalar_type(), "cross_entropy_forward",

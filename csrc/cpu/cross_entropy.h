@@ -3,11 +3,11 @@
 // distribution q (class weights and label smoothing multiplied in, so it need not sum to 1):
 //   loss = sum_c q_c (lse - z_c) + z_loss lse^2
 //   grad = g ((sum q + 2 z_loss lse) p - q) + g_lse p,  times softcap's derivative
-// A row is reduced block by block (max, then sums of exp(z - max) from L1), and the blocks are merged
-// in order as in online softmax (Milakov & Gimelshein 2018, Algorithm 3): one read of memory, and
-// the same bits for every number of threads. All sums are relative to the maximum, so an offset
-// common to all logits costs no precision; for the same reason the backward recomputes the sum
-// where lse is too large to hold log(sum) in its last bits.
+// A row is reduced block by block (max, then sums of exp(z - max) from L1), and the blocks are
+// merged in order as in online softmax (Milakov & Gimelshein 2018, Algorithm 3): one read of
+// memory, and the same bits for every number of threads. All sums are relative to the maximum, so
+// an offset common to all logits costs no precision; for the same reason the backward recomputes
+// the sum where lse is too large to hold log(sum) in its last bits.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -118,8 +118,7 @@ inline Vectorized<A> exp_of(const Vectorized<A>& x) {
         _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), 8));
 #else
     const Vectorized<float> v(_mm256_max_ps(_mm256_set1_ps(-87.3f), x));
-    const Vectorized<float> n(
-        _mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(1.44269504f)), 8));
+    const Vectorized<float> n(_mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(1.44269504f)), 8));
 #endif
     using V = Vectorized<float>;
     V r = at::vec::fmadd(n, V(-0.693359375f), v);
@@ -134,8 +133,8 @@ inline Vectorized<A> exp_of(const Vectorized<A>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
     return V(_mm512_scalef_ps(p, n));
 #else
-    const __m256i power = _mm256_slli_epi32(
-        _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    const __m256i power =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     const __m256 underflow = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_LT_OQ);
     return V(_mm256_andnot_ps(underflow, _mm256_mul_ps(p, _mm256_castsi256_ps(power))));
 #endif
@@ -212,8 +211,8 @@ inline RowStats<A> block_stats(const LossOptions<A>& options, const T* z, int64_
     const int64_t width = std::min(kLane, n - c);
     top[0] = at::vec::clamp_min(top[0], Vec::set(Vec(stats.max), load_vec(row + c, width), width));
   }
-  stats.max = max_lanes(at::vec::clamp_min(at::vec::clamp_min(top[0], top[1]),
-                                           at::vec::clamp_min(top[2], top[3])));
+  stats.max = max_lanes(
+      at::vec::clamp_min(at::vec::clamp_min(top[0], top[1]), at::vec::clamp_min(top[2], top[3])));
 
   const Vec reference(stats.reference());
   Vec sum(A(0)), dot(A(0)), mass(A(0));
@@ -224,7 +223,8 @@ inline RowStats<A> block_stats(const LossOptions<A>& options, const T* z, int64_
     sum = sum + (partial ? Vec::set(Vec(A(0)), e, width) : e);
     if constexpr (kind != Target::kIndex) {
       Vec u(A(1));
-      if constexpr (kind == Target::kWeightedSmooth) u = load_vec(options.weight + begin + at, width);
+      if constexpr (kind == Target::kWeightedSmooth)
+        u = load_vec(options.weight + begin + at, width);
       if constexpr (kind == Target::kSoft) u = soft_target(options, target, begin + at, width);
       const Vec uv = kind == Target::kSmooth ? v : u * v;
       dot = dot + (partial ? Vec::set(Vec(A(0)), uv, width) : uv);
@@ -313,13 +313,15 @@ inline RowGradient<A> row_gradient(const LossOptions<A>& options, const RowStats
   return row;
 }
 
-// The gradient of the label's logit (capped). q is subtracted from p before anything is added: where
-// p is close to 1, the difference is all there is.
+// The gradient of the label's logit (capped). q is subtracted from p before anything is added:
+// where p is close to 1, the difference is all there is.
 template <Target kind, typename A>
 inline A label_gradient(const LossOptions<A>& options, const RowGradient<A>& row, A logit) {
   const A p = std::exp(logit - row.reference) / row.sum;
   const A share = kind == Target::kIndex ? A(0) : options.share;
-  const A q = options.class_weight(row.label) * (A(1) - options.smoothing + share);
+  // As target_mass does, so that for a single class the two cancel to the last bit.
+  const A weight = options.class_weight(row.label);
+  const A q = (A(1) - options.smoothing) * weight + share * weight;
   const A grad = row.g * (row.mass * p - q) + row.extra * p;
   if (options.softcap == A(0)) return grad;
   const A t = logit / options.softcap;
@@ -412,8 +414,7 @@ struct LossArguments {
 };
 
 template <typename A>
-inline constexpr at::ScalarType kAccumulate =
-    std::is_same_v<A, double> ? at::kDouble : at::kFloat;
+inline constexpr at::ScalarType kAccumulate = std::is_same_v<A, double> ? at::kDouble : at::kFloat;
 
 // The checked options; `weight_holder` keeps the class weights in A alive.
 template <typename A>
@@ -444,7 +445,7 @@ LossOptions<A> loss_options(const char* op, int64_t classes, const at::Tensor& t
     for (int64_t c = 0; c < classes; ++c) sum += options.weight[c];
     options.weight_sum = static_cast<A>(sum);
   }
-  options.kind = target.is_floating_point()        ? Target::kSoft
+  options.kind = target.is_floating_point()         ? Target::kSoft
                  : arguments.label_smoothing == 0.0 ? Target::kIndex
                  : weight.has_value()               ? Target::kWeightedSmooth
                                                     : Target::kSmooth;

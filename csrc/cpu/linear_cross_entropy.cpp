@@ -1,14 +1,15 @@
 // Softmax cross-entropy of logits = X W^T + b, X (N, D), W (V, D), without the N x V logits.
 //   Rows go in chunks. Per chunk: logits by one GEMM, then, row by row while the row is in cache,
-//   its statistics, loss and (in place) gradient; then dX = dlogits W, and dW += dlogits^T X. So the
-//   forward makes the gradients for an upstream gradient of 1 with three GEMMs in all, and the
+//   its statistics, loss and (in place) gradient; then dX = dlogits W, and dW += dlogits^T X. So
+//   the forward makes the gradients for an upstream gradient of 1 with three GEMMs in all, and the
 //   backward of a scaled loss only scales them; reduction "none" and a used lse recompute.
 //   Rows whose label is ignored are dropped before the first GEMM: they cost nothing.
 //   Work: the GEMMs are libtorch's where it has a fast one for the dtype. Half, and bfloat16 on a
 //   CPU without its instructions, are multiplied as float in slices of W. For bfloat16 libtorch has
 //   no GEMM that adds to float, so dW over several chunks is made of tiles of gemm.h.
 //   Memory: one chunk of logits (workspace_bytes), and dW in float if it takes several chunks.
-//   Numerics: logits in W's dtype as F.linear gives them; statistics, db and dW over chunks in float.
+//   Numerics: logits in W's dtype as F.linear gives them; statistics, db and dW over chunks in
+//   float.
 #include <ATen/Dispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
@@ -103,34 +104,35 @@ void chunk_rows(const Job<T>& job, G* logits, const std::vector<int64_t>& kept, 
                 int64_t count) {
   using A = accumulate_t<T>;
   const int64_t classes = job.options.classes;
-  at::parallel_for(0, count, std::max<int64_t>(1, 32768 / std::max<int64_t>(classes, 1)),
-                   [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = kept.empty() ? first + i : kept[first + i];
-      const int64_t label = job.labels ? job.labels[row] : -1;
-      G* z = logits + i * classes;
-      Probabilities<G> target;
-      if constexpr (kind == Target::kSoft) {
-        // Only read. Where the GEMM's type is not T, narrow probabilities were made wide.
-        if constexpr (std::is_same_v<T, G>) {
-          if (job.narrow) target.narrow = const_cast<T*>(job.narrow + row * classes);
+  at::parallel_for(
+      0, count, std::max<int64_t>(1, 32768 / std::max<int64_t>(classes, 1)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = kept.empty() ? first + i : kept[first + i];
+          const int64_t label = job.labels ? job.labels[row] : -1;
+          G* z = logits + i * classes;
+          Probabilities<G> target;
+          if constexpr (kind == Target::kSoft) {
+            // Only read. Where the GEMM's type is not T, narrow probabilities were made wide.
+            if constexpr (std::is_same_v<T, G>) {
+              if (job.narrow) target.narrow = const_cast<T*>(job.narrow + row * classes);
+            }
+            if (job.wide) target.wide = const_cast<A*>(job.wide + row * classes);
+          }
+          const RowStats<A> stats = row_stats<kind>(job.options, z, target);
+          if (job.losses) {
+            const A logit = label >= 0 ? capped(job.options, static_cast<A>(z[label])) : A(0);
+            job.losses[row] = row_loss(job.options, stats, label, logit);
+            job.lse[row] = stats.lse();
+          }
+          if (job.upstream) {
+            const RowGradient<A> gradient = row_gradient(
+                job.options, stats, label, job.upstream->of_loss(row), job.upstream->of_lse(row));
+            block_gradient<kind>(job.options, gradient, z, z, 0, classes, target,
+                                 Probabilities<G>{});
+          }
         }
-        if (job.wide) target.wide = const_cast<A*>(job.wide + row * classes);
-      }
-      const RowStats<A> stats = row_stats<kind>(job.options, z, target);
-      if (job.losses) {
-        const A logit =
-            label >= 0 ? capped(job.options, static_cast<A>(z[label])) : A(0);
-        job.losses[row] = row_loss(job.options, stats, label, logit);
-        job.lse[row] = stats.lse();
-      }
-      if (job.upstream) {
-        const RowGradient<A> gradient = row_gradient(
-            job.options, stats, label, job.upstream->of_loss(row), job.upstream->of_lse(row));
-        block_gradient<kind>(job.options, gradient, z, z, 0, classes, target, Probabilities<G>{});
-      }
-    }
-  });
+      });
 }
 
 // X, W and b as the GEMMs take them, and the gradients.
@@ -194,11 +196,12 @@ void run(const Job<T>& job, Linear& linear, const std::vector<int64_t>& kept, bo
       chunk_rows<kind.value, T, G>(job, logits.mutable_data_ptr<G>(), kept, first, count);
     });
 
-    if (linear.grad_b.defined()) linear.grad_b.add_(at::sum(logits, {0}, false, linear.grad_b.scalar_type()));
+    if (linear.grad_b.defined())
+      linear.grad_b.add_(at::sum(logits, {0}, false, linear.grad_b.scalar_type()));
     if (linear.grad_x.defined()) {
       const bool direct = all_kept && !converts;
-      at::Tensor dx = direct ? linear.grad_x.narrow(0, first, count)
-                             : at::empty({count, features}, options);
+      at::Tensor dx =
+          direct ? linear.grad_x.narrow(0, first, count) : at::empty({count, features}, options);
       for (int64_t v = 0; v < classes; v += slice) {
         const int64_t n = std::min(slice, classes - v);
         const at::Tensor part = logits.narrow(1, v, n);
@@ -247,7 +250,9 @@ Result run_typed(const char* op, const at::Tensor& grad_loss,
   using A = accumulate_t<T>;
   const bool forward = !grad_loss.defined();
   const int64_t features = input.size(-1), classes = linear_weight.size(0);
-  const int64_t rows = input.sizes().size() == 1 ? 1 : c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  const int64_t rows = input.sizes().size() == 1
+                           ? 1
+                           : c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
 
   Job<T> job;
   at::Tensor weight_holder;
@@ -366,18 +371,17 @@ linear_cross_entropy_forward_cpu(const at::Tensor& input, const at::Tensor& line
                                  std::string_view reduction, int64_t ignore_index,
                                  double label_smoothing, double z_loss, double softcap,
                                  int64_t workspace_bytes, std::array<bool, 3> output_mask) {
-  Result r = dispatch("linear_cross_entropy_forward", {}, std::nullopt, input, linear_weight,
-                      linear_bias, target, weight,
-                      {reduction, ignore_index, label_smoothing, z_loss, softcap}, workspace_bytes,
-                      output_mask);
+  Result r =
+      dispatch("linear_cross_entropy_forward", {}, std::nullopt, input, linear_weight, linear_bias,
+               target, weight, {reduction, ignore_index, label_smoothing, z_loss, softcap},
+               workspace_bytes, output_mask);
   return {r.loss, r.lse, r.total_weight, r.grad_input, r.grad_weight, r.grad_bias};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_backward_cpu(
-    const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_lse,
-    const at::Tensor& input, const at::Tensor& linear_weight,
-    const std::optional<at::Tensor>& linear_bias, const at::Tensor& target,
-    const std::optional<at::Tensor>& weight, const at::Tensor& /*lse*/,
+    const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_lse, const at::Tensor& input,
+    const at::Tensor& linear_weight, const std::optional<at::Tensor>& linear_bias,
+    const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& /*lse*/,
     const at::Tensor& /*total_weight*/, std::string_view reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, double softcap, int64_t workspace_bytes,
     std::array<bool, 3> output_mask) {
