@@ -179,7 +179,7 @@ class Backward {
         dropout_row(p_.philox, p_.rate, row, p_.keys, t.k0, width, keep_.get());
       }
       const Vec lse(-in_.row_lse[row]);
-      Vec dot(A(0));
+      Vec dot(A(0)), sum(A(0));
       A* probs = keep_.get();  // each takes the place of the mask's element that it was made with
       for (int64_t c = 0; c < width; c += Vec::size()) {
         const int64_t at = r * ld_ + c;
@@ -193,16 +193,23 @@ class Backward {
         }
         // A hidden key's dP may be NaN: its gradient is 0 all the same.
         dot = dot + Vec::blendv(prob * grad, zero, prob == zero);
+        sum = sum + prob;
         prob.store(probs + c);
         kept.store(s + at);
         grad.store(ds + at);
       }
-      row_dot_[r] =
-          at::vec::vec_reduce_all<A>([](const Vec& x, const Vec& y) { return x + y; }, dot);
-      // Where the tile holds all that the row sees, its own sum is delta without O's rounding,
-      // which would not cancel in rows of a few keys.
-      const A grad_lse = in_.grad_lse ? in_.grad_lse[row] : A(0);
-      const Vec delta(whole ? row_dot_[r] - grad_lse : in_.delta[row]);
+      const auto add = [](const Vec& x, const Vec& y) { return x + y; };
+      row_dot_[r] = at::vec::vec_reduce_all<A>(add, dot);
+      // Where the tile holds all that the row sees, its own sums give delta without the rounding of
+      // O and lse, which would not cancel in rows of a few keys.
+      A own = in_.delta[row];
+      if (whole) {
+        A total = at::vec::vec_reduce_all<A>(add, sum);
+        if (p_.sinks) total += std::exp(p_.sinks[t.b * p_.heads + t.h] - in_.row_lse[row]);
+        own = total == A(0) ? A(0) : row_dot_[r] / total;
+        if (in_.grad_lse) own -= in_.grad_lse[row];
+      }
+      const Vec delta(own);
       for (int64_t c = 0; c < width; c += Vec::size()) {
         const int64_t at = r * ld_ + c;
         const Vec prob = Vec::loadu(probs + c);
