@@ -36,29 +36,41 @@ def stop(sentence):
 def find_cuda_home():
     """The toolkit's root; nvcc itself is asked, as the one on the PATH may be a wrapper script."""
     if os.environ.get("CUDA_HOME"):
-        return os.environ["CUDA_HOME"]
+        return Path(os.environ["CUDA_HOME"])
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        return None
+        return Path("/usr/local/cuda")
     dryrun = subprocess.run(
         [nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
     )
     top = re.search(r"TOP=(\S+)", dryrun.stderr)
-    return str(Path(top[1]).resolve()) if top else str(Path(nvcc).resolve().parents[1])
+    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def ask_nvcc(option):
+    nvcc = str(find_cuda_home() / "bin" / "nvcc")
+    return subprocess.run([nvcc, option], capture_output=True, text=True).stdout
 
 
 def wants_cuda(torch):
     choice = os.environ.get("FASTNN_CUDA")
     if choice == "0":
         return False
-    missing = None
     if torch.version.cuda is None:
         missing = f"torch {torch.__version__} is a build without CUDA"
-    elif find_cuda_home() is None:
+    elif not (find_cuda_home() / "bin" / "nvcc").exists():
         missing = "nvcc was not found: put it on the PATH or set CUDA_HOME"
-    if choice == "1" and missing:
+    else:
+        # Two runtimes of different major versions in one process do not share their state.
+        toolkit = re.search(r"release (\d+)", ask_nvcc("--version"))
+        if toolkit and toolkit[1] == torch.version.cuda.split(".")[0]:
+            return True
+        missing = f"nvcc is not of CUDA {torch.version.cuda}, which torch was built for"
+    if choice == "1":
         stop(f"FASTNN_CUDA=1, but {missing}")
-    return missing is None
+    if torch.version.cuda is not None:
+        print(f"fastnn: building without the CUDA kernels: {missing}", file=sys.stderr)
+    return False
 
 
 def ninja_file(torch, build_dir, output):
@@ -95,9 +107,9 @@ def ninja_file(torch, build_dir, output):
         home = find_cuda_home()
         wheel = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
         # The toolkit's own headers first; the wheels' for libraries that it lacks.
-        includes += [Path(home) / "include", wheel / "include"]
+        includes += [home / "include", wheel / "include"]
         libraries += ["c10_cuda", "torch_cuda", "cudart"]
-        link_flags += [f"-L{home}/lib64", f"-L{wheel}/lib"]
+        link_flags += [f"-L{home}/lib64", f"-L{home}/lib", f"-L{wheel}/lib"]
         common += f" -DFASTNN_CUDA={torch.version.cuda}"
     include_flags = " ".join(f"-I{path}" for path in includes)
     lines = [
@@ -125,8 +137,8 @@ def ninja_file(torch, build_dir, output):
             f"  command = {home}/bin/nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"nvcc_flags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
-            f" {architecture_flags()} -I{ROOT / 'csrc'}",
+            "nvcc_flags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+            f" --expt-relaxed-constexpr {architecture_flags()} -I{ROOT / 'csrc'}",
         ]
         lines += objects_of(sorted(glob("csrc/cuda/*.cpp", root_dir=ROOT)), "cxx")
         lines += objects_of(sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)), "nvcc", "-cu")
@@ -136,11 +148,19 @@ def ninja_file(torch, build_dir, output):
 
 
 def architecture_flags():
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not listed:
+        # A toolkit before 12.8 does not know Blackwell.
+        known = "compute_100" in ask_nvcc("--list-gpu-arch")
+        listed = (ARCHITECTURES if known else "8.0;9.0a;9.0+PTX").split(";")
     flags = []
-    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)):
-        number = entry.removesuffix("+PTX").replace(".", "")
+    for entry in listed:
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            stop(f"TORCH_CUDA_ARCH_LIST must list numbers such as {ARCHITECTURES}, got {entry!r}")
+        number = match[1] + match[2]
         flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
-        if entry.endswith("+PTX"):
+        if match[3]:
             flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
     return " ".join(flags)
 

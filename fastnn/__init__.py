@@ -2,18 +2,31 @@
 
 from fastnn import functional
 from fastnn.backend import current_backend, use_backend
-from fastnn.functional import dropout, linear_act
+from fastnn.cross_entropy import CrossEntropyLoss
+from fastnn.functional import (
+    cross_entropy,
+    dropout,
+    linear_act,
+    linear_cross_entropy,
+    scaled_dot_product_attention,
+)
 from fastnn.linear_act import MLP, Dropout, GatedMLP, LinearAct
+from fastnn.linear_cross_entropy import LinearCrossEntropyLoss
 
 __version__ = "0.1.0"
 __all__ = [
     "MLP",
+    "CrossEntropyLoss",
     "Dropout",
     "GatedMLP",
     "LinearAct",
+    "LinearCrossEntropyLoss",
+    "cross_entropy",
     "current_backend",
     "dropout",
     "functional",
     "linear_act",
+    "linear_cross_entropy",
+    "scaled_dot_product_attention",
     "use_backend",
 ]

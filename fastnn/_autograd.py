@@ -24,6 +24,9 @@ def wants_composite() -> bool:
 def composite_gradients(function, tensors, grad_outputs):
     """Differentiable gradients of `function(*tensors)`, None for tensors that need none."""
     with torch.enable_grad():
+        # Each argument apart: where one is computed from another (a residual that is also the
+        # input), its gradient must not count the paths through the other.
+        tensors = tuple(t.view_as(t) if t is not None and t.requires_grad else t for t in tensors)
         outputs = function(*tensors)
         if isinstance(outputs, torch.Tensor):
             outputs = (outputs,)

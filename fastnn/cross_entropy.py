@@ -153,7 +153,8 @@ def cross_entropy(
         z_loss.
     """
     name = "cross_entropy"
-    _check.tensor(name, input=input, target=target, weight_or_none=weight)
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)) or weight is not None:
+        _check.tensor(name, input=input, target=target, weight_or_none=weight)
     dims = input.dim()
     if dims == 0:
         _check.fail(RuntimeError, name, "input", "at least 1-D", "a scalar")

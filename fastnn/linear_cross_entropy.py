@@ -204,9 +204,15 @@ def linear_cross_entropy(
         target = _shifted(target, shift, ignore_index)
 
     differentiable_target = soft and target.requires_grad and torch.is_grad_enabled()
-    ops = None
     if not features and not differentiable_target:
         ops = backend.resolve(name, input, soft_target=soft)
+    elif backend.current_backend() in ("auto", "reference"):
+        ops = None
+    else:
+        what = "a K-dimensional linear_weight" if features else "the gradient of probabilities"
+        raise NotImplementedError(
+            f"backend {backend.current_backend()!r} cannot serve {name} with {what}"
+        )
     if ops is None:
         loss, lse = _reference(input, linear_weight, linear_bias, target, weight, options)
         loss = loss.to(dtype)

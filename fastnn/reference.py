@@ -112,7 +112,8 @@ def linear_cross_entropy(
 ):  # fmt: skip
     """`shift` pairs input[..., i, :] with target[..., i + shift]; the last `shift` rows are cut."""
     if shift:
-        input, target = input[..., : input.shape[-2] - shift, :], target[..., shift:]
+        length = input.shape[-2] - shift
+        input, target = input[..., :length, :], target.narrow(input.dim() - 2, shift, length)
     options = {
         "ignore_index": -100 if ignore_index is None else ignore_index,
         "reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss,

@@ -4,7 +4,7 @@
 //   Backward: one read, one write; row statistics again only for probabilities and for |lse| so
 //   large that float cannot hold it to the output's precision.
 //   Work: rows over threads; with fewer rows than threads, (row, block) pairs over threads.
-//   Logits whose classes are not contiguous go through tiles of 16 rows, transposed into L1.
+//   Few classes, and classes that are not contiguous, go through strips of 16 rows, one a lane.
 //   Memory: O(rows). Sums in float (double for double); the reduction over rows in double.
 #include "cross_entropy.h"
 
@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kStrip = 16;  // rows of a transposed tile
 constexpr int64_t kTileClasses = 256;
+// Up to here rows go side by side through vectors: a row alone does not fill enough of them.
+constexpr int64_t kFewClasses = 64;
 
 // Where row r = (n, i) of logits (N, C, inner) lies: base(r) + c * stride_c.
 template <typename T>
@@ -47,43 +49,77 @@ Matrix<T> matrix_of(const at::Tensor& x, Element* data) {
 
 int64_t grain_of(int64_t classes) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(classes, 1)); }
 
-// The tile's n classes of `rows` rows, as A, one row after the other. The rows may be anywhere.
-template <typename T, typename A>
-void gather_tile(const Matrix<const T>& m, int64_t first_row, int64_t rows, int64_t begin,
-                 int64_t n, A* tile) {
-  const T* base[kStrip];
-  bool adjacent = true;
-  for (int64_t r = 0; r < rows; ++r) {
-    base[r] = m.row(first_row + r) + begin * m.stride_c;
-    adjacent = adjacent && base[r] == base[0] + r;
+// The rows of a strip: where each begins, and whether they lie side by side.
+template <typename T>
+struct Strip {
+  T* base[kStrip];
+  int64_t rows;
+  int64_t stride_c;
+  bool adjacent;
+
+  Strip(const Matrix<T>& m, int64_t first, int64_t count) : rows(count), stride_c(m.stride_c) {
+    adjacent = count == kStrip;
+    for (int64_t r = 0; r < count; ++r) {
+      base[r] = m.row(first + r);
+      adjacent = adjacent && base[r] == base[0] + r;
+    }
   }
-  for (int64_t c = 0; c < n; ++c) {
-    if (adjacent) {
-      const T* p = base[0] + c * m.stride_c;
-      for (int64_t r = 0; r < rows; ++r) tile[r * kTileClasses + c] = static_cast<A>(p[r]);
-    } else {
-      for (int64_t r = 0; r < rows; ++r) {
-        tile[r * kTileClasses + c] = static_cast<A>(base[r][c * m.stride_c]);
+};
+
+// n classes from `begin` of a strip, as A: tile[c * kStrip + r]. Absent rows repeat the first.
+template <typename T, typename A = accumulate_t<T>>
+void gather_tile(const Strip<const T>& strip, int64_t begin, int64_t n, A* tile) {
+  constexpr int64_t kLane = kLanes<T>;
+  if (strip.adjacent) {
+    for (int64_t c = 0; c < n; ++c) {
+      const T* p = strip.base[0] + (begin + c) * strip.stride_c;
+      for (int64_t r = 0; r < kStrip; r += kLane) {
+        store_vec(tile + c * kStrip + r, load_vec(p + r));
       }
     }
+    return;
+  }
+  for (int64_t r = 0; r < kStrip; ++r) {
+    const T* p = strip.base[r < strip.rows ? r : 0] + begin * strip.stride_c;
+    for (int64_t c = 0; c < n; ++c) tile[c * kStrip + r] = static_cast<A>(p[c * strip.stride_c]);
   }
 }
 
-template <typename T, typename A>
-void scatter_tile(const Matrix<T>& m, int64_t first_row, int64_t rows, int64_t begin, int64_t n,
-                  const A* tile) {
-  for (int64_t r0 = 0; r0 < rows;) {
-    // As many rows as lie side by side: those of one image.
-    const int64_t row = first_row + r0;
-    const int64_t run = m.inner == 1 ? 1 : std::min(rows - r0, m.inner - row % m.inner);
-    T* base = m.row(row) + begin * m.stride_c;
+template <typename T, typename A = accumulate_t<T>>
+void scatter_tile(const Strip<T>& strip, int64_t begin, int64_t n, const A* tile) {
+  constexpr int64_t kLane = kLanes<T>;
+  if (strip.adjacent) {
     for (int64_t c = 0; c < n; ++c) {
-      for (int64_t r = 0; r < run; ++r) {
-        base[c * m.stride_c + r * m.stride_i] = static_cast<T>(tile[(r0 + r) * kTileClasses + c]);
+      T* p = strip.base[0] + (begin + c) * strip.stride_c;
+      for (int64_t r = 0; r < kStrip; r += kLane) {
+        store_vec(p + r, AccVec<T>::loadu(tile + c * kStrip + r));
       }
     }
-    r0 += run;
+    return;
   }
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    T* p = strip.base[r] + begin * strip.stride_c;
+    for (int64_t c = 0; c < n; ++c) p[c * strip.stride_c] = static_cast<T>(tile[c * kStrip + r]);
+  }
+}
+
+// The softcap, in place.
+template <typename A>
+void cap_tile(const LossOptions<A>& options, int64_t n, A* tile) {
+  if (options.softcap == A(0)) return;
+  const Vectorized<A> cap(options.softcap);
+  for (int64_t i = 0; i < n * kStrip; i += Vectorized<A>::size()) {
+    ((Vectorized<A>::loadu(tile + i) / cap).tanh() * cap).store(tile + i);
+  }
+}
+
+// q of one class in the lanes of some rows.
+template <typename A>
+Vectorized<A> soft_target_lanes(const LossOptions<A>& options, const A* target, int64_t c) {
+  const Vectorized<A> q =
+      at::vec::fmadd(Vectorized<A>::loadu(target), Vectorized<A>(A(1) - options.smoothing),
+                     Vectorized<A>(options.share));
+  return q * Vectorized<A>(options.class_weight(c));
 }
 
 // Everything the kernels read, typed.
@@ -96,7 +132,7 @@ struct Problem {
   const int64_t* labels = nullptr;
   Matrix<const T> narrow;  // probabilities in the logits' dtype,
   Matrix<const A> wide;    // or in the accumulation type
-  bool contiguous = false;
+  bool contiguous = false;  // a row is worth going along
 
   bool counted(int64_t r) const { return !labels || labels[r] != options.ignore_index; }
   int64_t label(int64_t r) const { return labels ? labels[r] : -1; }
@@ -108,8 +144,8 @@ struct Problem {
             wide.data ? const_cast<A*>(wide.row(r)) : nullptr};
   }
   void gather_target(int64_t first, int64_t count, int64_t begin, int64_t n, A* tile) const {
-    if (narrow.data) gather_tile<T, A>(narrow, first, count, begin, n, tile);
-    if (wide.data) gather_tile<A, A>(wide, first, count, begin, n, tile);
+    if (narrow.data) gather_tile<T>(Strip<const T>(narrow, first, count), begin, n, tile);
+    if (wide.data) gather_tile<A>(Strip<const A>(wide, first, count), begin, n, tile);
   }
   A label_logit(int64_t r) const {
     if (!labels || !counted(r)) return A(0);
@@ -117,24 +153,56 @@ struct Problem {
   }
 };
 
-// Statistics of up to kStrip rows whose classes are not contiguous.
+// Statistics of up to kStrip rows, one in each lane.
 template <Target kind, typename T, typename A = accumulate_t<T>>
 void strip_stats(const Problem<T>& p, int64_t first, int64_t count, RowStats<A>* stats) {
+  using Vec = Vectorized<A>;
+  constexpr int64_t kLane = Vec::size();
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
   alignas(64) A tile[kStrip * kTileClasses];
   alignas(64) A target[kind == Target::kSoft ? kStrip * kTileClasses : 1];
+  alignas(64) A max[kStrip], sum[kStrip], dot[kStrip], mass[kStrip];
+  for (int64_t r = 0; r < kStrip; ++r) max[r] = kLowest, sum[r] = dot[r] = mass[r] = A(0);
+  const Strip<const T> strip(p.logits, first, count);
   for (int64_t begin = 0; begin < p.options.classes; begin += kTileClasses) {
     const int64_t n = std::min(kTileClasses, p.options.classes - begin);
-    gather_tile<T, A>(p.logits, first, count, begin, n, tile);
+    gather_tile<T>(strip, begin, n, tile);
+    cap_tile(p.options, n, tile);
     if constexpr (kind == Target::kSoft) p.gather_target(first, count, begin, n, target);
-    for (int64_t r = 0; r < count; ++r) {
-      Probabilities<A> probabilities;
-      if constexpr (kind == Target::kSoft) {
-        probabilities.wide = target + r * kTileClasses - begin;
+    for (int64_t r = 0; r < kStrip; r += kLane) {
+      const Vec before = Vec::loadu(max + r);
+      Vec top = before;
+      for (int64_t c = 0; c < n; ++c) {
+        top = at::vec::clamp_min(top, Vec::loadu(tile + c * kStrip + r));
       }
-      stats[r].merge(
-          block_stats<kind>(p.options, tile + r * kTileClasses, begin, n, probabilities));
+      // Lanes that saw only -inf so far have sums of 0 and nothing to rebase.
+      const Vec lowest(kLowest), zero(A(0));
+      const Vec reference = Vec::blendv(top, zero, top == lowest);
+      const Vec moved = Vec::blendv(before - reference, zero, before == lowest);
+      Vec s = Vec::loadu(sum + r) * exp_of<A>(moved);
+      Vec m = Vec::loadu(mass + r);
+      Vec d = at::vec::fmadd(m, moved, Vec::loadu(dot + r));
+      for (int64_t c = 0; c < n; ++c) {
+        const Vec v = Vec::loadu(tile + c * kStrip + r) - reference;
+        s = s + exp_of<A>(v);
+        if constexpr (kind == Target::kSmooth) d = d + v;
+        if constexpr (kind == Target::kWeightedSmooth || kind == Target::kSoft) {
+          Vec u(p.options.class_weight(begin + c));
+          if constexpr (kind == Target::kSoft) {
+            u = soft_target_lanes(p.options, target + c * kStrip + r, begin + c);
+          }
+          d = d + u * v;
+          m = m + u;
+        }
+      }
+      if constexpr (kind == Target::kSmooth) m = m + Vec(static_cast<A>(n));
+      top.store(max + r);
+      s.store(sum + r);
+      d.store(dot + r);
+      m.store(mass + r);
     }
   }
+  for (int64_t r = 0; r < count; ++r) stats[r] = {max[r], sum[r], dot[r], mass[r]};
 }
 
 // Calls f(first, count, stats) for all rows, in strips.
@@ -144,7 +212,7 @@ void for_stats(const Problem<T>& p, const F& f) {
   const int64_t classes = p.options.classes;
   const int64_t blocks = (classes + kBlock - 1) / kBlock;
   if (!p.contiguous) {
-    at::parallel_for(0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / 4),
+    at::parallel_for(0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / kStrip),
                      [&](int64_t begin, int64_t end) {
                        for (int64_t strip = begin; strip < end; ++strip) {
                          RowStats<A> stats[kStrip];
@@ -201,27 +269,68 @@ struct Gradients {
 template <Target kind, typename T, typename A = accumulate_t<T>>
 void strip_gradient(const Problem<T>& p, const RowGradient<A>* rows, int64_t first, int64_t count,
                     const Gradients<T>& out) {
+  using Vec = Vectorized<A>;
+  constexpr int64_t kLane = Vec::size();
   constexpr int64_t kSoftTile = kind == Target::kSoft ? kStrip * kTileClasses : 1;
   alignas(64) A tile[kStrip * kTileClasses];
   alignas(64) A target[kSoftTile];
   alignas(64) A grad_target[kSoftTile];
-  const bool to_target = out.narrow.data || out.wide.data;
-  for (int64_t begin = 0; begin < p.options.classes; begin += kTileClasses) {
-    const int64_t n = std::min(kTileClasses, p.options.classes - begin);
-    gather_tile<T, A>(p.logits, first, count, begin, n, tile);
+  alignas(64) A references[kStrip] = {}, scales[kStrip] = {}, gs[kStrip] = {}, log_sums[kStrip] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    references[r] = rows[r].is_zero() ? A(0) : rows[r].reference;
+    scales[r] = rows[r].scale;
+    gs[r] = rows[r].g;
+    log_sums[r] = rows[r].log_sum;
+  }
+  const LossOptions<A>& options = p.options;
+  const bool is_capped = options.softcap != A(0);
+  const A kept = A(1) - options.smoothing;
+  const Strip<const T> strip(p.logits, first, count);
+  for (int64_t begin = 0; begin < options.classes; begin += kTileClasses) {
+    const int64_t n = std::min(kTileClasses, options.classes - begin);
+    gather_tile<T>(strip, begin, n, tile);
+    cap_tile(options, n, tile);
     if constexpr (kind == Target::kSoft) p.gather_target(first, count, begin, n, target);
-    for (int64_t r = 0; r < count; ++r) {
-      Probabilities<A> probabilities, grads;
-      if constexpr (kind == Target::kSoft) {
-        probabilities.wide = target + r * kTileClasses - begin;
-        if (to_target) grads.wide = grad_target + r * kTileClasses - begin;
-      }
-      A* row = tile + r * kTileClasses;
-      block_gradient<kind>(p.options, rows[r], row, row, begin, n, probabilities, grads);
+    A label_logit[kStrip];
+    for (int64_t r = 0; r < count && kind != Target::kSoft; ++r) {
+      const int64_t c = rows[r].label - begin;
+      if (c >= 0 && c < n) label_logit[r] = tile[c * kStrip + r];
     }
-    if (out.logits.data) scatter_tile(out.logits, first, count, begin, n, tile);
-    if (out.narrow.data) scatter_tile(out.narrow, first, count, begin, n, grad_target);
-    if (out.wide.data) scatter_tile(out.wide, first, count, begin, n, grad_target);
+    for (int64_t r = 0; r < kStrip; r += kLane) {
+      const Vec reference = Vec::loadu(references + r), scale = Vec::loadu(scales + r);
+      const Vec g = Vec::loadu(gs + r), log_sum = Vec::loadu(log_sums + r);
+      // 0 * NaN: a row without a gradient must not see its logits.
+      const Vec silent = (scale == Vec(A(0))) & (g == Vec(A(0)));
+      for (int64_t c = 0; c < n; ++c) {
+        A* at = tile + c * kStrip + r;
+        const Vec z = Vec::loadu(at);
+        const Vec v = z - reference;
+        Vec grad = exp_of<A>(v) * scale;
+        const Vec weight(options.class_weight(begin + c));
+        if constexpr (kind == Target::kSmooth) grad = grad - g * Vec(options.share);
+        if constexpr (kind == Target::kWeightedSmooth) {
+          grad = grad - g * Vec(options.share) * weight;
+        }
+        if constexpr (kind == Target::kSoft) {
+          grad = grad - g * soft_target_lanes(options, target + c * kStrip + r, begin + c);
+          const Vec to_target = (log_sum - v) * (g * Vec(kept)) * weight;
+          Vec::blendv(to_target, Vec(A(0)), silent).store(grad_target + c * kStrip + r);
+        }
+        if (is_capped) {
+          const Vec t = z / Vec(options.softcap);
+          grad = grad * (Vec(A(1)) - t * t);
+        }
+        Vec::blendv(grad, Vec(A(0)), silent).store(at);
+      }
+    }
+    for (int64_t r = 0; r < count && kind != Target::kSoft; ++r) {
+      const int64_t c = rows[r].label - begin;
+      if (c < 0 || c >= n || rows[r].g == A(0)) continue;
+      tile[c * kStrip + r] = label_gradient<kind>(options, rows[r], label_logit[r]);
+    }
+    if (out.logits.data) scatter_tile(Strip<T>(out.logits, first, count), begin, n, tile);
+    if (out.narrow.data) scatter_tile(Strip<T>(out.narrow, first, count), begin, n, grad_target);
+    if (out.wide.data) scatter_tile(Strip<A>(out.wide, first, count), begin, n, grad_target);
   }
 }
 
@@ -242,7 +351,7 @@ void backward_rows(const Problem<T>& p, const RowGradients<A>& upstream, const A
   };
   if (!p.contiguous || !out.logits.data) {
     at::parallel_for(
-        0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / 4),
+        0, (p.rows + kStrip - 1) / kStrip, std::max<int64_t>(1, grain_of(classes) / kStrip),
         [&](int64_t begin, int64_t end) {
           for (int64_t strip = begin; strip < end; ++strip) {
             const int64_t first = strip * kStrip;
@@ -322,7 +431,7 @@ Problem<T> make_problem(const char* op, const at::Tensor& logits, const at::Tens
   holders.push_back(x);
   p.logits = matrix_of<const T>(x, x.const_data_ptr<T>());
   p.rows = x.size(0) * x.size(2);
-  p.contiguous = p.logits.rows_are_contiguous();
+  p.contiguous = p.logits.rows_are_contiguous() && classes > kFewClasses;
   if (p.soft()) {
     check_shape(target, logits.sizes(), op, "target");
     const bool narrow = target.scalar_type() == logits.scalar_type();

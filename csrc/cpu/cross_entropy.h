@@ -313,6 +313,19 @@ inline RowGradient<A> row_gradient(const LossOptions<A>& options, const RowStats
   return row;
 }
 
+// The gradient of the label's logit (capped). q is subtracted from p before anything is added: where
+// p is close to 1, the difference is all there is.
+template <Target kind, typename A>
+inline A label_gradient(const LossOptions<A>& options, const RowGradient<A>& row, A logit) {
+  const A p = std::exp(logit - row.reference) / row.sum;
+  const A share = kind == Target::kIndex ? A(0) : options.share;
+  const A q = options.class_weight(row.label) * (A(1) - options.smoothing + share);
+  const A grad = row.g * (row.mass * p - q) + row.extra * p;
+  if (options.softcap == A(0)) return grad;
+  const A t = logit / options.softcap;
+  return grad * (A(1) - t * t);
+}
+
 // Writes the gradient of classes [begin, begin + n); z and out may be the same memory.
 template <Target kind, bool kCapped, typename T, typename A = accumulate_t<T>>
 inline void block_gradient_of(const LossOptions<A>& options, const RowGradient<A>& row, const T* z,
@@ -354,15 +367,8 @@ inline void block_gradient_of(const LossOptions<A>& options, const RowGradient<A
   for (; c + kLane <= n; c += kLane) write(c, kLane);
   if (c < n) write(c, n - c);
   if (!has_label) return;
-  // Again in full precision, q subtracted from p before anything is added: where p is close to 1,
-  // the difference is all there is, and `out` may be too coarse for it.
   const A logit = kCapped ? capped(options, label_raw) : label_raw;
-  const A p = std::exp(logit - row.reference) / row.sum;
-  const A share_of_label = kind == Target::kIndex ? A(0) : options.share;
-  const A q = options.class_weight(row.label) * (kept + share_of_label);
-  A grad = row.g * (row.mass * p - q) + row.extra * p;
-  if (kCapped) grad *= A(1) - (logit / options.softcap) * (logit / options.softcap);
-  out[row.label - begin] = static_cast<T>(grad);
+  out[row.label - begin] = static_cast<T>(label_gradient<kind>(options, row, logit));
 }
 
 template <Target kind, typename T, typename A = accumulate_t<T>>

@@ -1,0 +1,1 @@
+"""Benchmarks of fastnn against stock PyTorch: `python -m benchmarks --help`."""

@@ -1,0 +1,106 @@
+"""What a measurement ran on, and the two rates it is held against: copy and matrix product."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import common
+
+_NOTED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """The CPU's name and those of its instruction sets that kernels care about."""
+    name, flags = platform.processor() or platform.machine(), []
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        text = cpuinfo.read_text()
+        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.M):
+            name = match[1].strip()
+        if match := re.search(r"^flags\s*:\s*(.+)$", text, re.M):
+            flags = [flag for flag in _NOTED_FLAGS if flag in match[1].split()]
+    return name, flags
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+    return head + (" with local changes" if changed.strip() else "")
+
+
+def describe(device: torch.device) -> dict:
+    cpu, flags = _cpu()
+    try:
+        version = importlib.metadata.version("fastnn")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    machine = {
+        "device": device.type,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": flags,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastnn": version,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if device.type == "cuda":
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+def slug(machine: dict) -> str:
+    """`<device>-<date>`, the name of a results file."""
+    device = re.sub(r"[^a-z0-9]+", "-", f"{machine['device']} {machine['name']}".lower())
+    return f"{device.strip('-')}-{machine['date'][:10]}"
+
+
+def _best_seconds(step, clock: common.Clock, repeats: int, budget_s: float) -> float:
+    clock.sample(step, 1)
+    best, spent = float("inf"), time.perf_counter()
+    for turn in range(repeats):
+        best = min(best, clock.sample(step, 1))
+        if turn and time.perf_counter() - spent > budget_s:
+            break
+    return best
+
+
+def copy_rate(device: torch.device, clock: common.Clock, megabytes: int = 256) -> float:
+    """Bytes read plus bytes written per second by `copy_`; the best of several."""
+    source = torch.randn(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    seconds = _best_seconds(lambda: target.copy_(source), clock, 10, 1.0)
+    return 2 * source.nbytes / seconds
+
+
+def gemm_rate(dtype: str, device: torch.device, clock: common.Clock, size: int | None = None):
+    """FLOP/s of torch's own square matrix product; the best of several."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(common.DTYPES[dtype]) for _ in range(2))
+    return 2 * size**3 / _best_seconds(lambda: a @ b, clock, 8, 1.0)
+
+
+def roofs(dtypes, device: torch.device, clock: common.Clock) -> dict:
+    gemms = {dtype: gemm_rate(dtype, device, clock) for dtype in sorted(set(dtypes))}
+    return {"copy_bytes_per_s": copy_rate(device, clock), "gemm_flops_per_s": gemms}

@@ -1,0 +1,306 @@
+"""`swap_` turns the stock modules of a model into fastnn's, in place; `unswap_` turns them back.
+
+A module keeps its identity: only its class changes, to a fastnn class that reads the same
+attributes. Parameters, buffers, hooks, training mode, weight tying and references to the module
+therefore stay as they are, and optimizers, state_dict, deepcopy and pickle see no difference. The
+one exception is an activation that a Linear takes over: its slot holds a `FusedActivation` (an
+identity that keeps the stock module), because other places that share the activation still need it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastnn.cross_entropy import CrossEntropyLoss
+from fastnn.linear_act import Dropout, LinearAct
+from fastnn.linear_cross_entropy import LinearCrossEntropyLoss
+from fastnn.transformer import (
+    MultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    activation_name,
+    is_hooked,
+)
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+# Classes that read the same attributes as the stock ones, whatever surrounds them.
+_BY_CLASS: dict[type, type] = {
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    nn.CrossEntropyLoss: CrossEntropyLoss,
+    nn.Dropout: Dropout,
+}
+# Instances to read the attributes from that fastnn's classes have and the stock ones have not.
+_LIKE: dict[type, Callable[[], nn.Module]] = {nn.CrossEntropyLoss: CrossEntropyLoss}
+_LINEAR_LOSSES = [LinearCrossEntropyLoss]
+if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+    _LINEAR_LOSSES.append(nn.LinearCrossEntropyLoss)
+    _BY_CLASS[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
+    _LIKE[nn.LinearCrossEntropyLoss] = lambda: LinearCrossEntropyLoss(1, 1, device="meta")
+_STOCK = "_fastnn_stock"
+
+
+class _Stock(NamedTuple):
+    """What `unswap_` needs: the class, the attributes that were added, and old values of others."""
+
+    kind: type
+    added: tuple[str, ...]
+    changed: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """One module of a report; `target` is None where the module was left as it was."""
+
+    name: str
+    source: str
+    target: str | None
+    reason: str
+
+
+@dataclass
+class SwapReport:
+    """What `swap_` or `unswap_` did, a row per module; `str` gives a table."""
+
+    rows: list[SwapRow] = field(default_factory=list)
+
+    @property
+    def swapped(self) -> list[SwapRow]:
+        """The modules that changed."""
+        return [row for row in self.rows if row.target is not None]
+
+    @property
+    def skipped(self) -> list[SwapRow]:
+        """The modules that were left alone, each with its reason."""
+        return [row for row in self.rows if row.target is None]
+
+    def __str__(self) -> str:
+        lines = [("module", "from", "to", "reason")]
+        lines += [
+            (row.name or "(model)", row.source, row.target or "-", row.reason) for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        table = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]])
+            for line in lines
+        ]
+        table.append(f"{len(self.swapped)} swapped, {len(self.skipped)} left")
+        return "\n".join(line.rstrip() for line in table)
+
+
+class FusedActivation(nn.Identity):
+    """Holds the slot, and the stock module, of an activation that the Linear before it computes."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        # Not a sub-module: it is not part of the computation, nor of state_dict.
+        self.__dict__["stock"] = stock
+        self.training = stock.training
+
+    def extra_repr(self) -> str:
+        return f"{type(self.stock).__name__} in the layer before"
+
+
+def _become(module: nn.Module, kind: type, attributes: dict[str, Any]) -> None:
+    added = tuple(name for name in attributes if name not in module.__dict__)
+    changed = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__[_STOCK] = _Stock(type(module), added, changed)
+    module.__dict__.update(attributes)
+    module.__class__ = kind
+
+
+def _new_attributes(module: nn.Module, like: nn.Module) -> dict[str, Any]:
+    """What a constructor of fastnn sets beyond the stock one's attributes."""
+    return {name: value for name, value in like.__dict__.items() if name not in module.__dict__}
+
+
+def _common_reason(module: nn.Module, name: str, filter_fn: FilterFn | None) -> str | None:
+    if is_hooked(module):
+        return "it has hooks"
+    if filter_fn is not None and not filter_fn(module, name):
+        return "filter_fn refused it"
+    return None
+
+
+def _changed_class(module: nn.Module, stock: type) -> str | None:
+    if type(module) is stock:
+        return None
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "it is parametrized"
+    return f"a subclass of {stock.__name__} may compute something else"
+
+
+class _Swap:
+    """One run of `swap_` over a model."""
+
+    def __init__(self, model: nn.Module, filter_fn: FilterFn | None) -> None:
+        self.model = model
+        self.filter_fn = filter_fn
+        self.report = SwapReport()
+        self.uses = Counter(
+            id(child) for parent in model.modules() for child in parent._modules.values()
+        )
+        # id of a Linear -> its nn.Sequential, the next slot, and the module in it
+        self.pairs: dict[int, tuple[nn.Sequential, str, nn.Module]] = {}
+        for parent in model.modules():
+            # A subclass of nn.Sequential may call its children in another order.
+            if type(parent) is nn.Sequential:
+                self._find_pairs(parent)
+
+    def _find_pairs(self, parent: nn.Sequential) -> None:
+        slots = list(parent._modules.items())
+        for (_, module), (slot, follower) in zip(slots, slots[1:], strict=False):
+            if isinstance(module, nn.Linear):
+                self.pairs[id(module)] = (parent, slot, follower)
+
+    def run(self) -> SwapReport:
+        for name, module in list(self.model.named_modules()):
+            stock = next((kind for kind in _BY_CLASS if isinstance(module, kind)), None)
+            if stock is not None and type(module) is not _BY_CLASS[stock]:
+                self._swap_class(name, module, stock)
+        # After the layers, so that what those call themselves is known.
+        inside = {id(child) for parent in self.model.modules() for child in _called_by(parent)}
+        for name, module in list(self.model.named_modules()):
+            if type(module) is nn.TransformerEncoder:
+                self._keep_padded(name, module)
+            elif isinstance(module, nn.Linear) and type(module) is not LinearAct:
+                if id(module) not in inside:
+                    self._swap_linear(name, module)
+        order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
+        self.report.rows.sort(key=lambda row: order[row.name])
+        return self.report
+
+    def _row(self, name: str, module: nn.Module, target: type | None, reason: str = "") -> None:
+        kind = target.__name__ if target is not None else None
+        self.report.rows.append(SwapRow(name, type(module).__name__, kind, reason))
+
+    def _swap_class(self, name: str, module: nn.Module, stock: type) -> None:
+        reason = _changed_class(module, stock) or _common_reason(module, name, self.filter_fn)
+        if reason is None and stock is nn.Dropout and module.inplace:
+            reason = "it works in place"
+        if reason is not None:
+            self._row(name, module, None, reason)
+            return
+        kind = _BY_CLASS[stock]
+        self._row(name, module, kind)
+        like = _LIKE.get(stock)
+        _become(module, kind, _new_attributes(module, like()) if like else {})
+
+    def _swap_linear(self, name: str, module: nn.Linear) -> None:
+        reason = self._linear_reason(name, module)
+        if reason is not None:
+            self._row(name, module, None, reason)
+            return
+        parent, slot, stock = self.pairs[id(module)]
+        activation = activation_name(stock)
+        self._row(name, module, LinearAct, f"with {type(stock).__name__}")
+        # On the meta device: no memory, and no numbers drawn from the generator.
+        like = LinearAct(1, 1, activation=activation, device="meta")
+        _become(module, LinearAct, _new_attributes(module, like))
+        parent._modules[slot] = FusedActivation(stock)
+
+    def _linear_reason(self, name: str, module: nn.Linear) -> str | None:
+        changed = _changed_class(module, nn.Linear)
+        if changed is not None:
+            return changed
+        if id(module) not in self.pairs:
+            # Tracing would not settle it: torch.fx follows one side of every Python branch.
+            return "no activation follows it in an nn.Sequential"
+        if self.uses[id(module)] > 1:
+            return "it is shared: another use may not want the activation"
+        stock = self.pairs[id(module)][2]
+        kind = type(stock).__name__
+        if activation_name(stock) is None:
+            return f"{kind}({stock.extra_repr()}) follows it, no activation of linear_act"
+        if is_hooked(stock):
+            return f"the {kind} after it has hooks"
+        if not module.weight.dtype.is_floating_point:
+            return f"{module.weight.dtype} is not served"
+        return _common_reason(module, name, self.filter_fn)
+
+    def _keep_padded(self, name: str, module: nn.TransformerEncoder) -> None:
+        """Stops torch's encoder from handing nested tensors to layers of fastnn."""
+        ours = any(type(layer) is TransformerEncoderLayer for layer in module.layers)
+        if ours and getattr(module, "use_nested_tensor", False) and _STOCK not in module.__dict__:
+            self._row(name, module, type(module), "without conversion to nested tensors")
+            _become(module, type(module), {"use_nested_tensor": False})
+
+
+def _called_by(parent: nn.Module) -> list[nn.Module]:
+    """The Linears whose parameters their parent reads itself."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return [parent.out_proj]
+    if type(parent) in (TransformerEncoderLayer, TransformerDecoderLayer):
+        return [parent.linear1, parent.linear2]
+    if isinstance(parent, tuple(_LINEAR_LOSSES)):
+        return [parent.linear]
+    return []
+
+
+def swap_(model: nn.Module, *, filter_fn: FilterFn | None = None) -> SwapReport:
+    """Turns the modules of `model` that fastnn can serve into fastnn's, in place.
+
+    Swapped are nn.Linear directly followed in an nn.Sequential by ReLU, GELU, SiLU, Sigmoid, Tanh
+    or LeakyReLU(0.01) (one `LinearAct`; the activation's slot becomes an identity),
+    MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, CrossEntropyLoss,
+    LinearCrossEntropyLoss and Dropout. Left alone, with the reason in the report: subclasses,
+    parametrized and hooked modules, shared Linears, dropout in place, Linears whose activation is
+    called from a forward method, and Linears without an activation (torch's own GEMM is all they
+    need). Outputs, gradients and state_dict keys stay those of the stock model, except that dropout
+    draws other masks of the same rate, and that nn.TransformerEncoder no longer writes zeros at
+    padded positions in evaluation (it stops converting to nested tensors).
+
+    Args:
+        model: any module; it may itself be one of those above.
+        filter_fn: called as `filter_fn(module, name)` before each swap; False leaves that module
+            (its sub-modules are asked about on their own).
+    Returns: the report. A second call finds nothing left to swap.
+    Raises: TypeError where `model` is not a module.
+    Backends: all; `use_backend` and FASTNN_DISABLE choose at each call.
+    Reference: the functions behind the modules, `linear_act`, `cross_entropy`,
+        `scaled_dot_product_attention` and `dropout`.
+    """
+    _check_module("swap_", model)
+    return _Swap(model, filter_fn).run()
+
+
+def unswap_(model: nn.Module) -> SwapReport:
+    """Undoes `swap_`, in place: the same module objects, of their stock classes again.
+
+    Parameters, buffers and the training mode stay as they are now. Modules of fastnn that the model
+    was built with are kept.
+
+    Args:
+        model: a model, or a part or a copy of one, that went through `swap_`.
+    Returns: the report.
+    Raises: TypeError where `model` is not a module.
+    """
+    _check_module("unswap_", model)
+    report = SwapReport()
+    for name, module in list(model.named_modules()):
+        for slot, child in module._modules.items():
+            if type(child) is FusedActivation:
+                child.stock.train(child.training)
+                module._modules[slot] = child.stock
+        stock = module.__dict__.pop(_STOCK, None)
+        if stock is None:
+            continue
+        report.rows.append(SwapRow(name, type(module).__name__, stock.kind.__name__, ""))
+        module.__class__ = stock.kind
+        for attribute in stock.added:
+            del module.__dict__[attribute]
+        module.__dict__.update(stock.changed)
+    return report
+
+
+def _check_module(function: str, model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")

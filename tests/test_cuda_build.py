@@ -1,0 +1,104 @@
+"""The CUDA kernels compile for every target without spills; no device is needed."""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnn import _ops
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+TARGETS = ("80", "90a", "100")
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<target>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores,"
+    r" (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What ptxas says of each (source, target); they compile side by side."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc was not found: the CUDA kernels are not compiled here")
+    folder = tmp_path_factory.mktemp("cubin")
+
+    def compile_one(case):
+        source, target = case
+        return subprocess.run(
+            [
+                nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}", "-cubin",
+                f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v", "-Werror",
+                "all-warnings", str(CSRC / "cuda" / source), "-o", f"{folder}/{source}.{target}",
+            ],
+            capture_output=True, text=True,
+        )  # fmt: skip
+
+    cases = [(source, target) for source in SOURCES for target in TARGETS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(cases, pool.map(compile_one, cases), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_spills(reports, source, target):
+    report = reports[source, target]
+    assert report.returncode == 0, report.stderr
+    kernels = list(KERNEL.finditer(report.stderr))
+    assert len(kernels) == report.stderr.count("Compiling entry function") > 0
+    spilled = [
+        kernel[0] for kernel in kernels if any(int(kernel[k]) for k in ("stack", "stores", "loads"))
+    ]
+    assert not spilled, "\n".join(spilled)
+    assert all(kernel["target"] == f"sm_{target}" for kernel in kernels)
+
+
+def test_sources_are_found():
+    assert "cross_entropy.cu" in SOURCES
+
+
+def sources_of(*patterns):
+    return [path for pattern in patterns for path in sorted((CSRC / "cuda").rglob(pattern))]
+
+
+def test_inline_ptx_is_in_prim_only():
+    ptx = re.compile(r"\basm\b")
+    using = [
+        path for path in sources_of("*.cu", "*.cuh", "*.h", "*.cpp") if ptx.search(path.read_text())
+    ]
+    assert using, "the pattern finds nothing"
+    assert {path.parent.name for path in using} == {"prim"}
+
+
+def test_kernels_need_no_torch_headers():
+    header = re.compile(r'#include [<"](ATen|c10|torch)/')
+    kernels = sources_of("*.cu", "*.cuh") + sources_of("*.h")
+    assert [path for path in kernels if header.search(path.read_text())] == []
+    assert any(header.search(path.read_text()) for path in sources_of("*_binding.cpp"))
+
+
+def test_cuda_build_registers_its_kernels():
+    if _ops.NATIVE_MISSING is not None:
+        pytest.skip(_ops.NATIVE_MISSING)
+    import fastnn._C
+
+    if fastnn._C.build_info()["cuda"] is None:
+        pytest.skip("fastnn._C was built without CUDA")
+    assert torch.version.cuda.split(".")[0] == fastnn._C.build_info()["cuda"].split(".")[0]
+    for op in _ops.FAMILIES["cross_entropy"]:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{op}", "CUDA")

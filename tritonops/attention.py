@@ -1,0 +1,211 @@
+"""Exact attention in tiles, forward: out = softmax(softcap(scale q k^T) - alibi + mask) v, never
+S x S in memory. Dao, "FlashAttention-2" (2023), algorithm 1.
+Work: a program owns BLOCK_M queries of one head and walks the key tiles of their band, those that
+  need no mask in a loop of their own; causal programs start with the longest rows.
+Memory: q, the running max m, sum l and out in registers; k and v stream through shared memory. GQA
+  and broadcast masks are strides, never copies.
+Numerics: fp32 sums, exp2; a hidden key has probability exactly 0, and one that no query of a tile
+  sees gives no NaN either. Dropout acts on the normalized probabilities, lse does not know of it.
+Limits: head dims up to 256, padded to a power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonops.attention_backward import (
+    DELTA_ROWS,
+    attention_backward,  # noqa: F401  (the family's other op)
+    attention_backward_key_kernel,
+    attention_backward_mask_kernel,
+    attention_backward_query_kernel,
+    attention_delta_kernel,
+)
+from tritonops.attention_tile import (
+    ADDITIVE_MASK,
+    TILES,
+    UNSPECIALIZED,
+    aot_case,
+    autotuned,
+    bias_sees,
+    exponential,
+    load_bias,
+    load_key_bias,
+    load_tile,
+    phase_bounds,
+    problem,
+    score_tile,
+    span,
+    store_tile,
+)
+from tritonops.launch import dot, rounded
+from tritonops.philox import dropout_keep
+
+MAX_HEAD_DIM = 256
+
+
+@autotuned("forward")
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_forward_kernel(
+    query_ptr, key_ptr, value_ptr, mask_ptr, alibi_ptr, seed_ptr, sinks_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
+    stride_ab, stride_ah, stride_sb, stride_sh,
+    heads, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, tune_q, tune_k,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ALIBI: tl.constexpr,
+    SINKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(seq_q, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    plane = tl.program_id(0) // tiles
+    if HAS_HIGH:
+        tile = tiles - 1 - tile
+    first = tile * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, seq_q) - 1
+    head = plane % heads
+    b, h = (plane // heads).to(tl.int64), head.to(tl.int64)
+    query_ptr += b * stride_qb + h * stride_qh
+    key_ptr += b * stride_kb + h // GROUP * stride_kh
+    value_ptr += b * stride_vb + h // GROUP * stride_vh
+    row = first + tl.arange(0, BLOCK_M)
+    dropout_row = (b * heads + h) * seq_q + row
+
+    q = load_tile(
+        query_ptr, first, 0, seq_q, stride_qs, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True
+    )
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
+    # A sink is a key without a value: it opens the running maximum and sum.
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    if SINKS:
+        sink = tl.load(sinks_ptr + b * stride_sb + h * stride_sh).to(tl.float32)
+        m = tl.zeros([BLOCK_M], tl.float32) + sink * (1.4426950408889634 if FOLD else 1.0)
+        l += tl.where(sink == float("-inf"), 0.0, 1.0)  # noqa: E741
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    begin, start, full_start, full_end, end = span(
+        first, last, seq_k, low, high, HAS_LOW, HAS_HIGH, BLOCK_N
+    )
+    for phase in tl.static_range(0 if HAS_LOW else 1, 3):
+        tile_start, tile_end = phase_bounds(phase, start, full_start, full_end, end)
+        for n in tl.range(tile_start, tile_end, BLOCK_N):
+            col = n + tl.arange(0, BLOCK_N)
+            # S = q k^T
+            k = load_tile(
+                key_ptr, n, begin, end, stride_ks, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, phase != 1
+            )
+            qk = dot(q, tl.trans(k), None, "ieee")
+            bias = qk
+            if MASK:
+                mask_base = mask_ptr + b * stride_mb + h * stride_mh
+                if MASK_ROWS:
+                    bias = load_bias(
+                        mask_base, row[:, None], col[None, :], seq_q, seq_k, stride_mq, stride_mk,
+                        MASK,
+                    )  # fmt: skip
+                else:
+                    key_bias = load_key_bias(mask_base, col, seq_k, stride_mk, MASK)
+                    bias = key_bias[None, :]
+            s = score_tile(
+                qk, bias, row[:, None], col[None, :], slope, seq_q, seq_k, low, high, shift, scale,
+                cap, FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
+            )  # fmt: skip
+            # P = exp(S - m), the sums so far scaled to the new maximum
+            row_max = tl.max(s, 1) * scale if FOLD else tl.max(s, 1)
+            new_m = tl.maximum(m, row_max)
+            subtract = new_m
+            if phase != 1 or MASK:
+                # A row that has seen no key yet: -inf - -inf would be NaN.
+                subtract = tl.where(new_m == float("-inf"), 0.0, new_m)
+            p = exponential(s, subtract[:, None], scale, FOLD)
+            correction = tl.exp2((m - subtract) * (1.0 if FOLD else 1.4426950408889634))
+            l = l * correction + tl.sum(p, 1)  # noqa: E741
+            m = new_m
+            if DROPOUT:
+                keep = dropout_keep(seed_ptr, threshold, dropout_row, n, seq_k, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            # O += P v
+            v = load_tile(
+                value_ptr, n, begin, end, stride_vs, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM,
+                phase != 1,
+            )  # fmt: skip
+            if MASK:
+                # 0 * NaN: a value that no query of this tile sees must not enter the product.
+                if MASK_ROWS:
+                    seen = tl.max(bias_sees(bias, MASK).to(tl.int32), 0) != 0
+                else:
+                    seen = bias_sees(key_bias, MASK)
+                v = tl.where(seen[:, None], v, 0.0)
+            acc = acc * correction[:, None]
+            acc = dot(rounded(p, v.dtype), v, acc, "ieee")
+
+    empty = l == 0.0
+    if DROPOUT:
+        acc *= keep_scale
+    acc = acc / tl.where(empty, 1.0, l)[:, None]
+    if FOLD:
+        m *= 0.6931471805599453
+    lse = tl.where(empty, float("-inf"), m + tl.log(tl.where(empty, 1.0, l)))
+    plane = plane.to(tl.int64) * seq_q
+    store_tile(out_ptr + plane * VALUE_DIM, first, seq_q, acc, BLOCK_M, BLOCK_DV, VALUE_DIM)
+    tl.store(lse_ptr + plane + row, lse, mask=row < seq_q)
+
+
+def attention_forward(
+    query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, scale, softcap,
+    bottom_right, window_left, window_right,
+):  # fmt: skip
+    batch, heads, seq_q, _ = query.shape
+    out = query.new_empty((batch, heads, seq_q, value.shape[-1]))
+    lse = query.new_empty((batch, heads, seq_q), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    arguments = problem(
+        query, key, value, attn_mask, alibi_slopes, seed, dropout_p, scale, softcap,
+        bottom_right, window_left, window_right,
+    )  # fmt: skip
+    stride_sb, stride_sh = (0, 0) if sinks is None else sinks.expand(batch, heads).stride()
+    attention_forward_kernel[
+        lambda tile: (triton.cdiv(seq_q, tile["BLOCK_M"]) * batch * heads,)
+    ](
+        **arguments,
+        sinks_ptr=sinks, out_ptr=out, lse_ptr=lse, stride_sb=stride_sb, stride_sh=stride_sh,
+        SINKS=sinks is not None,
+    )  # fmt: skip
+    return out, lse
+
+
+KERNELS = {
+    "forward": (attention_forward_kernel, ()),
+    "key": (attention_backward_key_kernel, ("grad_key_ptr", "grad_value_ptr")),
+    "query": (attention_backward_query_kernel, ("grad_query_ptr",)),
+    "mask": (attention_backward_mask_kernel, ("grad_mask_ptr",)),
+}
+
+
+def aot():
+    """Launches to compile ahead of time: the largest tile of each width, and every feature once."""
+    everything = {
+        "MASK": ADDITIVE_MASK, "mask_type": "fp32", "ALIBI": True, "SINKS": True, "SOFTCAP": True,
+        "DROPOUT": True, "FOLD": False, "HAS_LOW": True, "GROUP": 4,
+    }  # fmt: skip
+    for kind, (kernel, pointers) in KERNELS.items():
+        plain = {"MASK": ADDITIVE_MASK, "FOLD": False} if kind == "mask" else {}
+        for head_dim in (64, 128, 256):
+            tile = max(TILES[kind][2, head_dim], key=lambda tile: tile[0] * tile[1])
+            yield aot_case(kernel.fn, tile, "bf16", head_dim, pointers, "bf16", **plain)
+        yield aot_case(kernel.fn, TILES[kind][4, 64][0], "fp32", 64, pointers, "fp32", **plain)
+        yield aot_case(kernel.fn, TILES[kind][2, 64][0], "fp16", 48, pointers, **everything)
+    yield aot_case(attention_delta_kernel, (DELTA_ROWS, 0, 4, 1), "bf16", 128)
+
+
+def refusal(features: dict) -> str | None:
+    """Why these kernels cannot serve a call with `features`, or None when they can."""
+    for name in ("head_dim", "value_dim"):
+        if features.get(name, 0) > MAX_HEAD_DIM:
+            return f"Triton attention serves a {name} up to {MAX_HEAD_DIM}, got {features[name]}"
+    return None

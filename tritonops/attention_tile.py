@@ -1,0 +1,332 @@
+"""What the attention kernels share: a tile of scores, the keys that a band shows it, tile sizes.
+
+Scores S are of two kinds: where nothing is added to q k^T and nothing bends it (FOLD), S is q k^T
+itself and `scale` holds log2(e), so that exp2(S scale - m) is one multiply-add; elsewhere S is the
+natural score. A hidden score is -inf, and its probability is exactly 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonops.activation import tanh, tanh_derivative
+from tritonops.launch import configurations, rounded
+from tritonops.philox import dropout_rate
+
+LOG2E = 1.4426950408889634
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
+
+
+@triton.jit
+def load_tile(
+    base, start, begin, end, stride_row, stride_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLS] of a matrix `WIDTH` wide from row `start`; 0 outside rows [begin, end)."""
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    base += tl.cast(start, tl.int64) * stride_row
+    pointers = base + row[:, None] * stride_row + col[None, :] * stride_col
+    inside = (start + row >= begin) & (start + row < end)
+    if BOUNDED and WIDTH < COLS:
+        return tl.load(pointers, mask=inside[:, None] & (col < WIDTH)[None, :], other=0.0)
+    elif BOUNDED:
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    elif WIDTH < COLS:
+        return tl.load(pointers, mask=(col < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(
+    base, start, size, tile, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Write a tile into a contiguous (size, WIDTH) matrix from row `start`."""
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    base += tl.cast(start, tl.int64) * WIDTH
+    inside = (start + row < size)[:, None] & (col < WIDTH)[None, :]
+    tile = rounded(tile, base.dtype.element_ty)
+    tl.store(base + row[:, None] * WIDTH + col[None, :], tile, mask=inside)
+
+
+@triton.jit
+def load_bias(base, row, col, seq_q, seq_k, stride_q, stride_k, MASK: tl.constexpr):
+    """The mask at (row, col), which broadcast to the tile, whichever way it lies."""
+    pointers = base + row.to(tl.int64) * stride_q + col.to(tl.int64) * stride_k
+    inside = (row < seq_q) & (col < seq_k)
+    # What is outside must look hidden: see bias_sees.
+    if MASK == 1:
+        return tl.load(pointers, mask=inside, other=0)
+    else:
+        return tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def load_key_bias(base, col, seq_k, stride_k, MASK: tl.constexpr):
+    """The same for a mask that is one row for all queries."""
+    pointers = base + col.to(tl.int64) * stride_k
+    if MASK == 1:
+        return tl.load(pointers, mask=col < seq_k, other=0)
+    else:
+        return tl.load(pointers, mask=col < seq_k, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def bias_sees(bias, MASK: tl.constexpr):
+    if MASK == 1:
+        return bias != 0
+    else:
+        return bias != float("-inf")
+
+
+@triton.jit
+def score_tile(
+    qk, bias, row, col, slope, seq_q, seq_k, low, high, shift, scale, cap,
+    FOLD: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+    EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+):  # fmt: skip
+    """The scores S of a tile of q k^T."""
+    if SOFTCAP:
+        s = cap * tanh(qk * scale)
+    elif FOLD:
+        s = qk
+    else:
+        s = qk * scale
+    if ALIBI:
+        s -= slope * tl.abs(row + shift - col).to(tl.float32)
+    if MASK == 1:
+        s = tl.where(bias != 0, s, float("-inf"))
+    elif MASK == 2:
+        # -inf hides a key even where its own score is NaN.
+        s = tl.where(bias != float("-inf"), s + bias, float("-inf"))
+    if EDGE:
+        # A row past the end would see NaN keys that no query sees.
+        visible = (row < seq_q) & (col < seq_k)
+        if HAS_LOW:
+            visible = visible & (col - row >= low)
+        if HAS_HIGH:
+            visible = visible & (col - row <= high)
+        s = tl.where(visible, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def exponential(s, m, scale, FOLD: tl.constexpr):
+    """exp(S - m), m being in units of log2 where FOLD."""
+    if FOLD:
+        return tl.exp2(s * scale - m)
+    else:
+        return tl.exp2((s - m) * 1.4426950408889634)
+
+
+@triton.jit
+def softcap_slope(qk, scale):
+    return tanh_derivative(qk * scale)
+
+
+@triton.jit
+def span(first, last, size, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+         BLOCK: tl.constexpr):  # fmt: skip
+    """Which partners the positions first..last see: position p sees [p + low, p + high].
+
+    Returns (begin, start, full_start, full_end, end): partners outside [begin, end) are hidden from
+    all; tiles from `start` to `full_start` and from `full_end` on need a mask, the tiles between
+    are visible to all. Multiples of BLOCK, but `begin` and `end`. Every division is of a number
+    >= 0, because Triton rounds towards zero.
+    """
+    begin = size * 0
+    full_start = size * 0
+    end = size
+    full_end = size // BLOCK * BLOCK
+    if HAS_LOW:
+        begin = tl.maximum(first + low, 0)
+        full_start = (tl.maximum(last + low, 0) + BLOCK - 1) // BLOCK * BLOCK
+    if HAS_HIGH:
+        end = tl.minimum(size, tl.maximum(last + high + 1, 0))
+        full_end = tl.minimum(full_end, tl.maximum(first + high + 1, 0) // BLOCK * BLOCK)
+    return begin, begin // BLOCK * BLOCK, full_start, full_end, end
+
+
+@triton.jit
+def phase_bounds(phase: tl.constexpr, start, full_start, full_end, end):
+    """The three loops over tiles: masked before the full ones (0), full (1), masked after (2)."""
+    if phase == 0:
+        return start, tl.minimum(full_start, end)
+    elif phase == 1:
+        return full_start, full_end
+    else:
+        return tl.maximum(full_start, full_end), end
+
+
+# Tiles (BLOCK_M, BLOCK_N, warps, stages) by kernel, bytes of an element and padded head dim (the
+# largest of D and Dv, at least 64). The first of a row fits every device from sm_80 on.
+TILES = {
+    "forward": {
+        (2, 64): [(128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)],
+        (2, 128): [(128, 64, 8, 3), (64, 64, 4, 2)],
+        (2, 256): [(64, 32, 8, 2)],
+        (4, 64): [(64, 32, 4, 2), (64, 64, 8, 2)],
+        (4, 128): [(32, 32, 4, 2), (64, 32, 8, 2)],
+        (4, 256): [(32, 16, 8, 1)],
+    },
+    "key": {
+        (2, 64): [(32, 64, 4, 3), (32, 128, 8, 2)],
+        (2, 128): [(32, 64, 8, 2), (32, 128, 8, 1)],
+        (2, 256): [(16, 64, 8, 1)],
+        (4, 64): [(32, 32, 4, 2), (32, 64, 8, 2)],
+        (4, 128): [(16, 32, 8, 1)],
+        (4, 256): [(16, 16, 8, 1)],
+    },
+    "query": {
+        (2, 64): [(64, 32, 4, 2), (128, 64, 8, 2)],
+        (2, 128): [(64, 32, 4, 2), (128, 32, 8, 2)],
+        (2, 256): [(32, 32, 8, 1), (64, 16, 4, 2)],
+        (4, 64): [(32, 32, 4, 2), (64, 32, 8, 2)],
+        (4, 128): [(32, 16, 8, 1)],
+        (4, 256): [(16, 16, 8, 1)],
+    },
+    "mask": {
+        (2, 64): [(64, 64, 4, 2)],
+        (2, 128): [(64, 64, 8, 2)],
+        (2, 256): [(64, 32, 8, 1)],
+        (4, 64): [(32, 32, 4, 1)],
+        (4, 128): [(32, 32, 8, 1)],
+        (4, 256): [(16, 16, 8, 1)],
+    },
+}
+INTERPRETER_TILE = (32, 32, 4, 1)
+
+
+def tile_key(itemsize: int, block_d: int, block_dv: int) -> tuple[int, int]:
+    return itemsize, max(64, block_d, block_dv)
+
+
+def _config(tile):
+    m, n, warps, stages = tile
+    return triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+
+
+def autotuned(kind: str):
+    """The autotuner of one kernel: the few tiles of its table row, one under the interpreter."""
+    table = TILES[kind]
+    tiles = sorted({tile for row in table.values() for tile in row})
+
+    def prune(configs, arguments, **named):
+        named = {**arguments, **named}
+        row = table[
+            tile_key(named["query_ptr"].element_size(), named["BLOCK_D"], named["BLOCK_DV"])
+        ]
+        # A tile much longer than the queries only computes padding.
+        short = [tile for tile in row if tile[0] <= 2 * max(named["seq_q"], 16)]
+        wanted = {str(_config(tile)) for tile in short or row[:1]}
+        return [config for config in configs if str(config) in wanted]
+
+    return triton.autotune(
+        configs=configurations([_config(tile) for tile in tiles], _config(INTERPRETER_TILE)),
+        key=["tune_q", "tune_k", "BLOCK_D", "BLOCK_DV", "GROUP", "MASK", "MASK_ROWS", "ALIBI",
+             "SOFTCAP", "DROPOUT", "HAS_LOW", "HAS_HIGH"],
+        prune_configs_by={"early_config_prune": prune},
+    )  # fmt: skip
+
+
+# Lengths and positions vary from call to call: none may compile a kernel of its own.
+UNSPECIALIZED = (
+    "heads", "seq_q", "seq_k", "low", "high", "shift", "threshold", "tune_q", "tune_k",
+)  # fmt: skip
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _addressable(tensor: torch.Tensor) -> torch.Tensor:
+    """The offsets inside a tile are 32-bit numbers."""
+    return tensor if max(tensor.stride()[-2:]) < 2**22 else tensor.contiguous()
+
+
+def problem(
+    query, key, value, attn_mask, alibi_slopes, seed, dropout_p, scale, softcap,
+    bottom_right, window_left, window_right,
+):  # fmt: skip
+    """The arguments that every attention kernel takes, by name."""
+    batch, heads, seq_q, head_dim = query.shape
+    heads_k, seq_k = key.shape[1:3]
+    query, key, value = _addressable(query), _addressable(key), _addressable(value)
+    mask, mask_kind, mask_strides = None, NO_MASK, (0, 0, 0, 0)
+    if attn_mask is not None:
+        mask_kind = BOOL_MASK if attn_mask.dtype == torch.bool else ADDITIVE_MASK
+        mask = attn_mask.view(torch.uint8) if mask_kind == BOOL_MASK else attn_mask
+        mask_strides = mask.expand(batch, heads, seq_q, seq_k).stride()
+    alibi_strides = (0, 0)
+    if alibi_slopes is not None:
+        alibi_strides = alibi_slopes.expand(batch, heads).stride()
+    # The query at row i sees the keys i + low .. i + high.
+    shift = seq_k - seq_q if bottom_right else 0
+    has_low = 0 <= window_left < seq_q - 1 + shift
+    has_high = 0 <= window_right < seq_k - 1 - shift
+    threshold, keep_scale = dropout_rate(dropout_p)
+    # max(scale q k^T) is scale max(q k^T) only for a positive scale.
+    fold = not softcap and alibi_slopes is None and mask_kind != ADDITIVE_MASK and scale > 0
+    arguments = {
+        "query_ptr": query, "key_ptr": key, "value_ptr": value,
+        "mask_ptr": mask, "alibi_ptr": alibi_slopes, "seed_ptr": seed if dropout_p else None,
+    }  # fmt: skip
+    for name, strides, dims in (
+        ("q", query.stride(), "bhsd"), ("k", key.stride(), "bhsd"), ("v", value.stride(), "bhsd"),
+        ("m", mask_strides, "bhqk"), ("a", alibi_strides, "bh"),
+    ):  # fmt: skip
+        arguments |= {
+            f"stride_{name}{dim}": stride for dim, stride in zip(dims, strides, strict=True)
+        }
+    return arguments | {
+        "heads": heads, "seq_q": seq_q, "seq_k": seq_k,
+        "low": shift - window_left if has_low else 0,
+        "high": shift + window_right if has_high else 0,
+        "shift": shift,
+        "scale": scale / softcap if softcap else scale * LOG2E if fold else scale, "cap": softcap,
+        "threshold": threshold, "keep_scale": keep_scale,
+        "tune_q": triton.next_power_of_2(seq_q), "tune_k": triton.next_power_of_2(seq_k),
+        "HEAD_DIM": head_dim, "VALUE_DIM": value.shape[-1],
+        "BLOCK_D": _padded(head_dim), "BLOCK_DV": _padded(value.shape[-1]),
+        "GROUP": heads // heads_k, "MASK": mask_kind, "MASK_ROWS": mask_strides[2] != 0,
+        "ALIBI": alibi_slopes is not None, "SOFTCAP": softcap != 0.0, "DROPOUT": dropout_p != 0.0,
+        "FOLD": fold, "HAS_LOW": has_low, "HAS_HIGH": has_high,
+    }  # fmt: skip
+
+
+def aot_case(kernel, tile, dtype, head_dim, pointers=(), mask_type=None, **features):
+    """A launch to compile ahead of time: (kernel, signature, constexprs, options), rows contiguous.
+
+    `pointers` are the kernel's own pointers to elements of `dtype`; without features it is causal.
+    """
+    constexprs = {
+        "HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_D": _padded(head_dim),
+        "BLOCK_DV": _padded(head_dim), "GROUP": 1, "MASK": NO_MASK, "MASK_ROWS": True,
+        "ALIBI": False, "SINKS": False, "SOFTCAP": False, "DROPOUT": False, "FOLD": True,
+        "HAS_LOW": False, "HAS_HIGH": True, "SUM_ROWS": False, "SUM_COLS": False,
+        "BLOCK_M": tile[0], "BLOCK_N": tile[1], **features,
+    }  # fmt: skip
+    elements = ("query_ptr", "key_ptr", "value_ptr", "grad_out_ptr", "out_ptr", *pointers)
+    types = dict.fromkeys(elements, f"*{dtype}:16")
+    types |= dict.fromkeys(("delta_ptr", "row_lse_ptr", "lse_ptr"), "*fp32:16")
+    types |= dict.fromkeys(("scale", "cap", "keep_scale", "grad_scale", "lse_scale"), "fp32")
+    if constexprs["MASK"]:
+        types["mask_ptr"] = f"*{mask_type or 'u8'}:16"
+    types |= {"alibi_ptr": "*fp32:16"} if constexprs["ALIBI"] else {}
+    types |= {"sinks_ptr": "*fp32:16"} if constexprs["SINKS"] else {}
+    types |= {"seed_ptr": "*i64:16"} if constexprs["DROPOUT"] else {}
+    signature, constants = {}, {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            constants[name] = constexprs[name]
+        elif name in types:
+            signature[name] = types[name]
+        elif name.endswith("_ptr"):
+            constants[name] = None
+        elif name in ("stride_qd", "stride_kd", "stride_vd", "stride_gd", "stride_od", "stride_mk"):
+            constants[name] = 1
+        else:
+            signature[name] = "i32:16" if name.startswith("stride_") else "i32"
+    return kernel, signature, constants, {"num_warps": tile[2], "num_stages": tile[3]}
