@@ -60,7 +60,8 @@ struct Inputs {
   View<const T> grad_out;
   const A* row_lse;  // +inf for a row that saw no key: all its P are then 0
   const A* delta;
-  A* row_dot;  // or null: gets rowsum(P keep dP), what delta is before O is rounded
+  const A* grad_lse;  // or null
+  A* row_dot;         // or null: gets rowsum(P keep dP), what delta is before O is rounded
 };
 
 // The GEMM operands of key blocks: K^T and V^T for the scores and dP, K for dQ.
@@ -167,6 +168,8 @@ class Backward {
                  queries_.value_depth, keys_.vt.get() + key_slot * keys_.size_vt, ds, ld_, false);
     finish_scores<T>(p_, t, s, ld_, bias_.get(), p_.softcap ? capped_.get() : nullptr);
     const int64_t width = round_up(t.cols, kRowPad);
+    const int64_t i = t.q0 / kQueryBlock;
+    const bool whole = p_.first_block(i) + 1 == p_.last_block(i);
     const bool through_cap = p_.softcap && !at_mask;
     const Vec factor(p_.factor()), zero(A(0)), one(A(1));
     const Vec inverse_cap(through_cap ? 1 / p_.softcap : A(0));
@@ -175,32 +178,49 @@ class Backward {
       if (p_.dropout) {
         dropout_row(p_.philox, p_.rate, row, p_.keys, t.k0, width, keep_.get());
       }
-      const Vec lse(-in_.row_lse[row]), delta(in_.delta[row]);
-      Vec dot(A(0));
+      const Vec lse(-in_.row_lse[row]);
+      Vec dot(A(0)), sum(A(0));
+      A* probs = keep_.get();  // each takes the place of the mask's element that it was made with
       for (int64_t c = 0; c < width; c += Vec::size()) {
         const int64_t at = r * ld_ + c;
-        Vec prob = exp_below(at::vec::fmadd(Vec::loadu(s + at), factor, lse));
+        const Vec prob = exp_below(at::vec::fmadd(Vec::loadu(s + at), factor, lse));
         Vec grad = Vec::loadu(ds + at);
         Vec kept = prob;
         if (p_.dropout) {
-          const Vec keep = Vec::loadu(keep_.get() + c);
+          const Vec keep = Vec::loadu(probs + c);
           grad = grad * keep;
           kept = prob * keep;
         }
         // A hidden key's dP may be NaN: its gradient is 0 all the same.
-        const Vec hidden = prob == zero;
-        dot = dot + Vec::blendv(prob * grad, zero, hidden);
-        grad = Vec::blendv(prob * (grad - delta), zero, hidden);
+        dot = dot + Vec::blendv(prob * grad, zero, prob == zero);
+        sum = sum + prob;
+        prob.store(probs + c);
+        kept.store(s + at);
+        grad.store(ds + at);
+      }
+      const auto add = [](const Vec& x, const Vec& y) { return x + y; };
+      row_dot_[r] = at::vec::vec_reduce_all<A>(add, dot);
+      // Where the tile holds all that the row sees, its own sums give delta without the rounding of
+      // O and lse, which would not cancel in rows of a few keys.
+      A own = in_.delta[row];
+      if (whole) {
+        A total = at::vec::vec_reduce_all<A>(add, sum);
+        if (p_.sinks) total += std::exp(p_.sinks[t.b * p_.heads + t.h] - in_.row_lse[row]);
+        own = total == A(0) ? A(0) : row_dot_[r] / total;
+        if (in_.grad_lse) own -= in_.grad_lse[row];
+      }
+      const Vec delta(own);
+      for (int64_t c = 0; c < width; c += Vec::size()) {
+        const int64_t at = r * ld_ + c;
+        const Vec prob = Vec::loadu(probs + c);
+        Vec grad = Vec::blendv(prob * (Vec::loadu(ds + at) - delta), zero, prob == zero);
         if (through_cap) {
           const Vec tanh = Vec::loadu(capped_.get() + at) * inverse_cap;
           grad = grad * (one - tanh * tanh);
         }
-        kept.store(s + at);
         grad.store(ds + at);
         if constexpr (!std::is_same_v<A, C>) store_vec<C>(ds_rounded_.get() + at, grad);
       }
-      row_dot_[r] =
-          at::vec::vec_reduce_all<A>([](const Vec& x, const Vec& y) { return x + y; }, dot);
     }
   }
 
@@ -580,7 +600,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
     const at::Tensor lse_rows = lse.to(wide).contiguous();
     const at::Tensor grad_lse_rows =
         grad_lse.has_value() ? grad_lse->to(wide).contiguous() : at::Tensor();
-    const Inputs<T> in{p, view<T>(grad_out), row_lse.const_data_ptr<A>(), delta.const_data_ptr<A>(),
+    const Inputs<T> in{p,
+                       view<T>(grad_out),
+                       row_lse.const_data_ptr<A>(),
+                       delta.const_data_ptr<A>(),
+                       grad_lse_rows.defined() ? grad_lse_rows.const_data_ptr<A>() : nullptr,
                        output_mask[4] ? row_dot.mutable_data_ptr<A>() : nullptr};
     prepare_rows<T>(p, in.grad_out, view<T>(out), lse_rows, grad_lse_rows,
                     row_lse.mutable_data_ptr<A>(), delta.mutable_data_ptr<A>());
