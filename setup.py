@@ -176,12 +176,16 @@ def commands():
 
             version = torch.__version__.split("+")[0]
             if not version.startswith(tuple(f"{v}." for v in TORCH_SUPPORTED)):
-                stop(f"torch {' to '.join((TORCH_SUPPORTED[0], TORCH_SUPPORTED[-1]))} is supported,"
-                     f" but torch {version} is installed: pip install torch==2.13.0")
+                stop(
+                    f"torch {' to '.join((TORCH_SUPPORTED[0], TORCH_SUPPORTED[-1]))} is supported,"
+                    f" but torch {version} is installed: pip install torch==2.13.0"
+                )
             compiler = os.environ.get("CXX", "c++")
             if shutil.which(compiler) is None:
-                stop(f"no C++ compiler ({compiler}) was found: install g++ 11 or later,"
-                     " or set FASTNN_BUILD_EXT=0")
+                stop(
+                    f"no C++ compiler ({compiler}) was found: install g++ 11 or later,"
+                    " or set FASTNN_BUILD_EXT=0"
+                )
             # Not build_temp, which pip makes anew for every editable install.
             name = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
             build_dir = ROOT / "build" / name
@@ -203,7 +207,7 @@ def commands():
     return {"build_ext": NinjaBuild}
 
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036  (pip may not have looked)
     stop(f"Python 3.10 or later is needed, this is {platform.python_version()}")
 if os.environ.get("FASTNN_BUILD_EXT") == "0":
     setup()

@@ -10,8 +10,9 @@ import json
 import re
 from pathlib import Path
 
-import tritonops
 from fastnn import _ops
+from fastnn.info import FEATURES
+from tritonops import refusal
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"cpu": "fp32, bf16, fp16, fp64", "cuda": "fp32, bf16, fp16"}
@@ -31,9 +32,9 @@ def support() -> str:
     ]
     for family, ops in _ops.FAMILIES.items():
         cells = [DTYPES[device] if set(ops) <= has else "-" for device, has in rooms.values()]
-        limits = tritonops.LIMITS.get(family)
-        triton = DTYPES["cuda"] + (f"; {limits}" if limits else "")
-        lines.append(f"| `{family}` | " + " | ".join([*cells, triton, "what torch serves"]) + " |")
+        refused = [name for name, used in FEATURES[family].items() if refusal(family, used)]
+        cells.append(DTYPES["cuda"] + (f"; without {', '.join(refused)}" if refused else ""))
+        lines.append(f"| `{family}` | " + " | ".join([*cells, "what torch serves"]) + " |")
     return "\n".join(lines)
 
 
@@ -59,12 +60,13 @@ def measured() -> str:
         results = json.loads(path.read_text())
         machine = results["machine"]
         parts.append(
-            f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']},"
-            f" {machine['date'][:10]} (`{path.relative_to(ROOT)}`). Times are medians of interleaved"
-            " rounds, the ratio is eager's time over ours within a round, with the middle 60 % of"
-            " the rounds.\n\n"
+            f"{machine['name']} ({machine['isa']}), {machine['threads']} threads, torch"
+            f" {machine['torch']}, {machine['date'][:10]} (`{path.relative_to(ROOT)}`). Times are"
+            " medians of interleaved rounds; the ratio is eager's time over ours within a round,"
+            " with the middle 60 % of the rounds.\n\n"
             "| case | eager ms | fastnn ms | times faster | extra memory MB, eager / fastnn |\n"
-            "|---|---|---|---|---|\n" + "\n".join(_row(row) for row in results["rows"])
+            "|---|---|---|---|---|\n"
+            + "\n".join(_row(row) for row in results["rows"] if row["ours"])
         )
     return "\n\n".join(parts) or "No run has been recorded yet."
 

@@ -12,6 +12,12 @@ from fastnn.functional import (
 )
 from fastnn.linear_act import MLP, Dropout, GatedMLP, LinearAct
 from fastnn.linear_cross_entropy import LinearCrossEntropyLoss
+from fastnn.swap import swap_, unswap_
+from fastnn.transformer import (
+    MultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +27,9 @@ __all__ = [
     "GatedMLP",
     "LinearAct",
     "LinearCrossEntropyLoss",
+    "MultiheadAttention",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "cross_entropy",
     "current_backend",
     "dropout",
@@ -28,5 +37,7 @@ __all__ = [
     "linear_act",
     "linear_cross_entropy",
     "scaled_dot_product_attention",
+    "swap_",
+    "unswap_",
     "use_backend",
 ]

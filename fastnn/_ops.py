@@ -1,8 +1,8 @@
 """The one table of operators: schema, fake and registration of every backend.
 
-A row serves two namespaces: `fastnn::<op>` (C++ for the CPU and CUDA, registered when `fastnn._C` is
-loaded) and `fastnn_triton::<op>` (Triton). The functions of both have the same arguments and results,
-so one fake and one autograd.Function serve them all.
+A row serves two namespaces: `fastnn::<op>` (C++ for the CPU and CUDA, registered when `fastnn._C`
+is loaded) and `fastnn_triton::<op>` (Triton). The functions of both have the same arguments and
+results, so one fake and one autograd.Function serve them all.
 
 Conventions: gradients a caller did not ask for (`output_mask`) come back as empty tensors of shape
 (0,); `lse`, losses and `total_weight` are float32 (float64 for float64 inputs); `softcap=0` and

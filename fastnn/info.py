@@ -23,11 +23,10 @@ FEATURES = {
     "linear_act": {name: {"activation": name} for name in ACTIVATIONS},
     "dropout": {},
     "cross_entropy": {
-        "probability targets": {"soft_target": True, "dims": 2, "mixed": False},
-        "probability targets of another dtype": {"soft_target": True, "dims": 2, "mixed": True},
-        "K-dimensional logits": {"soft_target": False, "dims": 4, "mixed": False},
+        "probability targets": {"prob_target": True, "k_dim": False},
+        "K-dimensional logits": {"prob_target": False, "k_dim": True},
     },
-    "linear_cross_entropy": {"probability targets": {"soft_target": True}},
+    "linear_cross_entropy": {"probability targets": {"prob_target": True}},
     "attention": {
         "head dimension 256": {"head_dim": 256, "value_dim": 256},
         "head dimension 512": {"head_dim": 512, "value_dim": 512},

@@ -332,9 +332,7 @@ def test_opcheck():
         x = x.t().contiguous().t()
         forward = torch.ops.fastnn.linear_act_forward.default
         torch.library.opcheck(forward, (x, w, b, r, seed, activation, 0.5, True, gated))
-        torch.library.opcheck(
-            forward, (x, w, None, None, None, activation, 0.0, False, gated)
-        )
+        torch.library.opcheck(forward, (x, w, None, None, None, activation, 0.0, False, gated))
         _, preact = forward(x, w, b, r, seed, activation, 0.5, True, gated)
         torch.library.opcheck(
             torch.ops.fastnn.linear_act_backward.default,

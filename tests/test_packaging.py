@@ -106,6 +106,8 @@ def test_sdist_holds_the_sources(tmp_path):
 def test_setup_stops_with_one_sentence(tmp_path, environment, sentence):
     if "FASTNN_CUDA" in environment and torch.version.cuda is not None:
         pytest.skip("torch has CUDA")
-    result = run([sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path)], **environment)
+    result = run(
+        [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path)], **environment
+    )
     assert result.returncode != 0
     assert sentence in result.stderr and "Traceback" not in result.stderr

@@ -32,9 +32,9 @@ def test_every_op_has_its_kernels(op):
 
 @BUILT
 def test_activation_tables_agree():
-    from tritonops.activation import ACTIVATIONS as TRITON_ACTIVATIONS
-
     import fastnn._C
+
+    from tritonops.activation import ACTIVATIONS as TRITON_ACTIVATIONS
 
     gated = {name: act.gated for name, act in ACTIVATIONS.items()}
     assert fastnn._C.activations() == gated

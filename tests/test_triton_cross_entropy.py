@@ -211,9 +211,9 @@ def test_long_sums_are_the_same_every_time():
 
 def test_what_is_refused():
     refusal = tritonops.refusal
-    assert refusal("cross_entropy", {"soft_target": False, "dims": 3}) is None
-    assert "probability" in refusal("cross_entropy", {"soft_target": True, "dims": 2})
-    assert "probability" in refusal("linear_cross_entropy", {"soft_target": True})
+    assert refusal("cross_entropy", {"prob_target": False, "k_dim": True}) is None
+    assert "probability" in refusal("cross_entropy", {"prob_target": True, "k_dim": False})
+    assert "probability" in refusal("linear_cross_entropy", {"prob_target": True})
 
 
 # linear_cross_entropy

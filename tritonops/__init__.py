@@ -42,7 +42,7 @@ _REFUSALS = {
 def refusal(family: str, features: dict) -> str | None:
     """Why the Triton kernels of `family` cannot serve a call with these features, or None.
 
-    `features` names what the call uses: `activation` for linear_act; `soft_target` and `dims` for
+    `features` names what the call uses: `activation` for linear_act; `prob_target` and `k_dim` for
     the losses; `head_dim`, `value_dim`, `mask_grad`, `alibi` and `sinks` for attention.
     """
     return _REFUSALS[family](features)

@@ -22,7 +22,7 @@ from tritonops.launch import aot_case, configurations, rounded
 
 
 def refusal(features: dict) -> str | None:
-    if features.get("soft_target"):
+    if features.get("prob_target"):
         return "probability targets are not supported by the Triton kernels"
     return None
 
