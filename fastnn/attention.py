@@ -86,7 +86,8 @@ def _check_arguments(
     if value_shape[-2] != key_shape[-2]:
         fail(RuntimeError, _NAME, "value", f"of shape (..., {key_shape[-2]}, Dv)", value_shape)
     lead = shape[:-2]
-    for name, other in (("key", key_shape), ("value", value_shape)):
+    alike = len(lead) == 2 and lead == key_shape[:-2] == value_shape[:-2] and lead[1] > 0
+    for name, other in () if alike else (("key", key_shape), ("value", value_shape)):
         batch, other_batch = lead, other[:-2]
         if enable_gqa:
             if len(other) < 3 or len(shape) < 3:
@@ -148,6 +149,9 @@ def _per_head(name: str, values: Tensor | None, query: Tensor) -> None:
 
 def _as_batches(query, key, value, attn_mask, enable_gqa):
     """Views of (B, H, S, D), a mask of four dimensions that broadcasts, and the leading shape."""
+    lead = query.shape[:-2]
+    if attn_mask is None and len(lead) == 2 and lead == key.shape[:-2] == value.shape[:-2]:
+        return query, key, value, None, lead
     heads = query.shape[-3:-2]
     if not enable_gqa:
         heads = torch.broadcast_shapes(heads, key.shape[-3:-2], value.shape[-3:-2])
