@@ -13,6 +13,7 @@ _BYTE_LABELS = torch.uint8
 # On the CPU, `auto` leaves plain losses of so few logits to torch: its graph is made in C++, ours
 # in Python, and that difference (about 35 us a step) is more than the kernels can win back.
 _TORCH_UP_TO = 32768
+_TORCH_ROWS = 256
 
 
 def loss_dtype(input: Tensor) -> torch.dtype:
@@ -151,8 +152,8 @@ def cross_entropy(
         IndexError: a label out of range, on the CPU (NaN on CUDA).
         TypeError: an argument that is no tensor.
     Backends:
-        native (CPU, CUDA), triton, reference. Under `auto`, plain losses of up to 32768 logits on
-        the CPU are torch's own, whose call costs less.
+        native (CPU, CUDA), triton, reference. Under `auto`, plain losses of up to 256 rows and
+        32768 logits on the CPU are torch's own, whose call costs less.
     Reference:
         Milakov & Gimelshein 2018 (arXiv:1805.02867); Chowdhery et al. 2022 (arXiv:2204.02311) for
         z_loss.
@@ -160,16 +161,6 @@ def cross_entropy(
     name = "cross_entropy"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)) or weight is not None:
         _check.tensor(name, input=input, target=target, weight_or_none=weight)
-    if (
-        not (z_loss or softcap is not None or return_lse)
-        and input.numel() <= _TORCH_UP_TO
-        and backend.current_backend() == "auto"
-        and input.device.type == "cpu"
-    ):
-        return F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
     dims = input.dim()
     if dims == 0:
         _check.fail(RuntimeError, name, "input", "at least 1-D", "a scalar")
@@ -177,6 +168,16 @@ def cross_entropy(
         _check.fail(NotImplementedError, name, "input", "floating point", input.dtype)
     shape = input.shape
     classes = shape[1] if dims > 1 else shape[0]
+    if (
+        not (z_loss or softcap is not None or return_lse)
+        and input.numel() <= min(_TORCH_UP_TO, _TORCH_ROWS * classes)
+        and backend.current_backend() == "auto"
+        and input.device.type == "cpu"
+    ):
+        return F.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
     check_loss_options(name, weight, classes, reduction, label_smoothing, z_loss, softcap)
     rows_shape = shape[:1] + shape[2:] if dims > 1 else shape[1:]
     if dims == 1 and target.shape == (1,) and not target.is_floating_point():

@@ -404,7 +404,7 @@ BAD = {
     "int32 labels": (RuntimeError, (X, W, Y.int()), {}),
     "size of weight": (RuntimeError, (X, W, Y), {"weight": torch.ones(8)}),
     "reduction": (ValueError, (X, W, Y), {"reduction": "average"}),
-    "label_smoothing": (RuntimeError, (X, W, Y), {"label_smoothing": -0.5}),
+    "label_smoothing": (RuntimeError, (X, W, Y), {"label_smoothing": 1.5}),
     "ignore_index of probabilities": (
         RuntimeError, (X, W, torch.zeros(4, 9)), {"ignore_index": -100},
     ),

@@ -258,7 +258,8 @@ template <typename A>
 inline A target_mass(const LossOptions<A>& options, const RowStats<A>& stats, int64_t label) {
   if (options.kind == Target::kSoft) return stats.mass;
   A mass = (A(1) - options.smoothing) * options.class_weight(label);
-  if (options.kind != Target::kIndex) mass += options.share * options.weight_sum;
+  // fma by name: the compiler's choice of one must be the same here and in label_gradient.
+  if (options.kind != Target::kIndex) mass = std::fma(options.share, options.weight_sum, mass);
   return mass;
 }
 
@@ -321,7 +322,7 @@ inline A label_gradient(const LossOptions<A>& options, const RowGradient<A>& row
   const A share = kind == Target::kIndex ? A(0) : options.share;
   // As target_mass does, so that for a single class the two cancel to the last bit.
   const A weight = options.class_weight(row.label);
-  const A q = (A(1) - options.smoothing) * weight + share * weight;
+  const A q = std::fma(share, weight, (A(1) - options.smoothing) * weight);
   const A grad = row.g * (row.mass * p - q) + row.extra * p;
   if (options.softcap == A(0)) return grad;
   const A t = logit / options.softcap;
