@@ -33,12 +33,11 @@ def choice(function: str, argument: str, value, allowed) -> None:
 
 def same_kind(function: str, like_name: str, like: torch.Tensor, **others) -> None:
     """Every other tensor (None is skipped) has the dtype and device of `like`."""
+    dtype, device = like.dtype, like.device
     for name, other in others.items():
         if other is None:
             continue
-        if other.dtype != like.dtype:
-            expected = f"of {like_name}'s dtype {like.dtype}"
-            fail(RuntimeError, function, name, expected, other.dtype)
-        if other.device != like.device:
-            expected = f"on {like_name}'s device {like.device}"
-            fail(RuntimeError, function, name, expected, other.device)
+        if other.dtype != dtype:
+            fail(RuntimeError, function, name, f"of {like_name}'s dtype {dtype}", other.dtype)
+        if other.device != device:
+            fail(RuntimeError, function, name, f"on {like_name}'s device {device}", other.device)

@@ -79,7 +79,10 @@ def _check_linear_act(name, input, weight, bias, activation, residual, dropout_p
     if activation not in ACTIVATIONS:
         _check.choice(name, "activation", activation, ACTIVATIONS)
     _check.probability(name, "dropout_p", dropout_p)
-    _check.tensor(name, input=input, weight=weight, bias_or_none=bias, residual_or_none=residual)
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(bias, Tensor)):
+        _check.tensor(name, input=input, weight=weight, bias_or_none=bias)
+    if residual is not None:
+        _check.tensor(name, residual=residual)
     if weight.dim() != 2:
         _check.fail(RuntimeError, name, "weight", "a matrix", tuple(weight.shape))
     rows, columns = weight.shape

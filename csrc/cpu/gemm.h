@@ -62,6 +62,41 @@ inline int64_t packed_size(int64_t k, int64_t n) {
   return pad_k<C>(k) * panels(n) * kPanel;
 }
 
+// dst[j][i] = src[i][j] for rows x cols elements: blocks of 16 x 16 in registers, the rest one by
+// one.
+template <typename W>
+inline void transpose(const W* src, int64_t ld_src, W* dst, int64_t ld_dst, int64_t rows,
+                      int64_t cols) {
+  constexpr int64_t kBlock = 16;
+  const int64_t full_rows = rows / kBlock * kBlock, full_cols = cols / kBlock * kBlock;
+  for (int64_t i = 0; i < full_rows; i += kBlock) {
+    for (int64_t j = 0; j < full_cols; j += kBlock) {
+      at::vec::transpose_mxn<W, kBlock, kBlock>(src + i * ld_src + j, ld_src, dst + j * ld_dst + i,
+                                                ld_dst);
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = i < full_rows ? full_cols : 0; j < cols; ++j) {
+      dst[j * ld_dst + i] = src[i * ld_src + j];
+    }
+  }
+}
+
+// n elements of T, `stride` apart, as C.
+template <typename T, typename C>
+inline void convert_row(const T* in, int64_t stride, int64_t n, C* out) {
+  if constexpr (std::is_same_v<C, accumulate_t<T>>) {
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; i += kLanes<T>) {
+        const int64_t width = std::min(kLanes<T>, n - i);
+        load_vec(in + i, width).store(out + i, width);
+      }
+      return;
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(in[i * stride]);
+}
+
 // Packs the panel of columns [64 * panel, ...) of the k x n matrix b.
 template <typename T, typename C>
 inline void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n,
@@ -70,28 +105,25 @@ inline void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k
   C* out = packed + panel * kPanel * pad_k<C>(k);
   const T* in = b + panel * kPanel * stride_n;
   const int64_t cols = std::min(kPanel, n - panel * kPanel);
-  if (stride_k == 1 && stride_n != 1) {
-    // Columns of b are contiguous: read 16 deep pieces of them, so that lines are used whole.
-    constexpr int64_t kPiece = 16;
-    for (int64_t begin = 0; begin < k; begin += kPiece) {
-      const int64_t deep = std::min(kPiece, k - begin);
-      C* piece = out + begin * kPanel;
-      for (int64_t j = 0; j < cols; ++j) {
-        const T* column = in + j * stride_n + begin;
-        for (int64_t i = 0; i < deep; ++i) {
-          piece[(i / kPair) * kPanel * kPair + j * kPair + i % kPair] = static_cast<C>(column[i]);
-        }
-        if (deep % kPair) piece[(deep / kPair) * kPanel * kPair + j * kPair + 1] = C(0);
-      }
+  int64_t done = 0;  // rows of b
+  if constexpr (std::is_same_v<T, C> && sizeof(T) * kPair == sizeof(float)) {
+    if (stride_k == 1 && stride_n % kPair == 0) {
+      // Floats, or pairs of bfloat16 taken as one word: columns of b become lines of the panel.
+      transpose(reinterpret_cast<const float*>(in), stride_n / kPair, reinterpret_cast<float*>(out),
+                kPanel, cols, k / kPair);
+      done = k / kPair * kPair;
     }
-  } else {
-    for (int64_t i = 0; i < pad_k<C>(k); ++i) {
-      C* line = out + (i / kPair) * kPanel * kPair + i % kPair;
-      const T* source = in + i * stride_k;
-      if (i < k) {
-        for (int64_t j = 0; j < cols; ++j) line[j * kPair] = static_cast<C>(source[j * stride_n]);
-      } else {
-        for (int64_t j = 0; j < cols; ++j) line[j * kPair] = C(0);
+  }
+  for (int64_t i = done; i < k; i += kPair) {
+    C* line = out + i * kPanel;
+    const T* source = in + i * stride_k;
+    if constexpr (kPair == 1) {
+      convert_row(source, stride_n, cols, line);
+    } else {
+      const bool paired = i + 1 < k;
+      for (int64_t j = 0; j < cols; ++j) {
+        line[2 * j] = source[j * stride_n];
+        line[2 * j + 1] = paired ? source[stride_k + j * stride_n] : C(0);
       }
     }
   }

@@ -89,7 +89,7 @@ struct Rows {
     for (int64_t i = 0; i < n; ++i) {
       const T* row = data + (begin + i) * stride_row;
       C* out = buffer + i * width;
-      for (int64_t j = 0; j < cols; ++j) out[j] = static_cast<C>(row[j * stride_col]);
+      convert_row(row, stride_col, cols, out);
       for (int64_t j = cols; j < width; ++j) out[j] = C(0);
     }
     return {buffer, width};
@@ -258,10 +258,9 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
             if (deep_n > n) out[n] = C(0);
           }
           if (wants_weight) {
-            for (int64_t j = 0; j < n; ++j) {
-              C* out = transposed.get() + j * deep_m + row0;
-              for (int64_t i = 0; i < rows; ++i) out[i] = grad_block[i * deep_n + j];
-              if (row0 + rows == m && deep_m > m) out[rows] = C(0);
+            transpose(grad_block.get(), deep_n, transposed.get() + row0, deep_m, rows, n);
+            if (row0 + rows == m && deep_m > m) {
+              for (int64_t j = 0; j < n; ++j) transposed[j * deep_m + m] = C(0);
             }
           }
           if (!wants_input) return;
