@@ -20,7 +20,6 @@ SHAPES = [
     (40, 130),
     (3, 5003),
     (1, 20011),
-    (48, 1),
     (9,),
     (0, 5),
     (3, 6, 7, 5),
@@ -97,6 +96,17 @@ def test_against_torch(dtype, shape, option):
         for reduction in reductions:
             x, target, weight, options = make(shape, dtype, option, soft)
             check(x, target, weight, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", ["plain", "weight and smoothing", "softcap"])
+def test_single_class(dtype, option):
+    """p is exactly 1: what is left of the gradient is the rounding of q."""
+    for soft in (False, True):
+        x, target, weight, options = make((48, 1), dtype, option, soft)
+        loss, grad, *_ = evaluate(cross_entropy, x, target, weight, reduction="sum", **options)
+        assert loss == 0
+        assert grad.abs().max() <= 4 * torch.finfo(_ops.accumulate_dtype(dtype)).eps
 
 
 VIEWS = {

@@ -282,11 +282,15 @@ void strip_gradient(const Problem<T>& p, const RowGradient<A>* rows, int64_t fir
   alignas(64) A grad_target[kSoftTile];
   alignas(64) A references[kStrip] = {}, scales[kStrip] = {}, gs[kStrip] = {},
                 log_sums[kStrip] = {};
+  alignas(64) A masses[kStrip] = {}, extras[kStrip] = {}, sums[kStrip] = {};
   for (int64_t r = 0; r < count; ++r) {
     references[r] = rows[r].is_zero() ? A(0) : rows[r].reference;
     scales[r] = rows[r].scale;
     gs[r] = rows[r].g;
     log_sums[r] = rows[r].log_sum;
+    masses[r] = rows[r].mass;
+    extras[r] = rows[r].extra;
+    sums[r] = rows[r].sum;
   }
   const LossOptions<A>& options = p.options;
   const bool is_capped = options.softcap != A(0);
@@ -318,7 +322,9 @@ void strip_gradient(const Problem<T>& p, const RowGradient<A>* rows, int64_t fir
           grad = grad - g * Vec(options.share) * weight;
         }
         if constexpr (kind == Target::kSoft) {
-          grad = grad - g * soft_target_lanes(options, target + c * kStrip + r, begin + c);
+          const Vec p = exp_of<A>(v) / Vec::loadu(sums + r);
+          const Vec q = soft_target_lanes(options, target + c * kStrip + r, begin + c);
+          grad = at::vec::fmadd(Vec::loadu(extras + r), p, g * (Vec::loadu(masses + r) * p - q));
           const Vec to_target = (log_sum - v) * (g * Vec(kept)) * weight;
           Vec::blendv(to_target, Vec(A(0)), silent).store(grad_target + c * kStrip + r);
         }

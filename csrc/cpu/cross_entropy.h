@@ -356,7 +356,10 @@ inline void block_gradient_of(const LossOptions<A>& options, const RowGradient<A
       grad = grad - share * load_vec(options.weight + begin + at, width);
     }
     if constexpr (kind == Target::kSoft) {
-      grad = grad - g * soft_target(options, target, begin + at, width);
+      // q from p before the rest is added, as in label_gradient.
+      const Vec p = exp_of<A>(v) / Vec(row.sum);
+      grad = g * (Vec(row.mass) * p - soft_target(options, target, begin + at, width));
+      grad = at::vec::fmadd(Vec(row.extra), p, grad);
       if (grad_target) {
         Vec to_target = (Vec(row.log_sum) - v) * Vec(row.g * kept);
         if (options.weight) to_target = to_target * load_vec(options.weight + begin + at, width);
