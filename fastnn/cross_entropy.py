@@ -14,6 +14,9 @@ _BYTE_LABELS = torch.uint8
 # in Python, and that difference (about 35 us a step) is more than the kernels can win back.
 _TORCH_UP_TO = 32768
 _TORCH_ROWS = 256
+LEFT_TO_TORCH = (
+    f"plain losses of at most {_TORCH_ROWS} rows and {_TORCH_UP_TO} logits: torch's call costs less"
+)
 
 
 def loss_dtype(input: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 
 import fastnn
 from fastnn import _ops, backend
+from fastnn.cross_entropy import LEFT_TO_TORCH
 from fastnn.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -124,6 +125,7 @@ def collect() -> dict:
             **{name: os.environ[name] for name in sorted(os.environ) if name[:7] == "FASTNN_"},
         },
         "availability": _availability(),
+        "auto_leaves_to_torch": {"cross_entropy on the CPU": LEFT_TO_TORCH},
     }
 
 
@@ -163,6 +165,7 @@ def render(info: dict) -> str:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  " + "  ".join([*cells, row[4]]).rstrip())
     lines += [f"  [{number}] {note}" for number, note in enumerate(notes, 1)]
+    lines += ["", "what auto leaves to torch", *_pairs(info["auto_leaves_to_torch"])]
     return "\n".join(lines)
 
 
