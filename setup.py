@@ -98,7 +98,7 @@ def ninja_file(torch, build_dir, output):
         ROOT / "csrc",
     ]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    common = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -DNDEBUG {abi}"
+    common = f"-std=c++20 -O3 -fopenmp -fPIC -fvisibility=hidden -DNDEBUG {abi}"
     warnings = "-Wall -Wno-sign-compare -Wno-unknown-pragmas -Wno-psabi -Wno-maybe-uninitialized"
     libraries = ["c10", "torch_cpu", "torch", "torch_python"]
     link_flags = [f"-L{path}" for path in cpp_extension.library_paths()]
@@ -120,7 +120,7 @@ def ninja_file(torch, build_dir, output):
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {os.environ.get('CXX', 'c++')} -shared $in -o $out $libs",
+        f"  command = {os.environ.get('CXX', 'c++')} -shared -fopenmp $in -o $out $libs",
     ]
     lines += objects_of(sorted(glob("csrc/*.cpp", root_dir=ROOT)), "cxx")
     cpu_sources = sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))

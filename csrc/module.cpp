@@ -60,6 +60,11 @@ PYBIND11_MODULE(_C, m) {
         pybind11::dict info;
         info["torch"] = TORCH_VERSION;
         info["compiler"] = __VERSION__;
+#ifdef _OPENMP
+        info["openmp"] = true;
+#else
+        info["openmp"] = false;  // at::parallel_for is serial in what is compiled without it
+#endif
 #ifdef FASTNN_CUDA
         info["cuda"] = FASTNN_STRINGIFY(FASTNN_CUDA);
 #else

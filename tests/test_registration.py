@@ -31,6 +31,13 @@ def test_every_op_has_its_kernels(op):
 
 
 @BUILT
+def test_kernels_are_threaded():
+    import fastnn._C
+
+    assert fastnn._C.build_info()["openmp"]
+
+
+@BUILT
 def test_activation_tables_agree():
     import fastnn._C
 

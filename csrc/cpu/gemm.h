@@ -144,7 +144,8 @@ inline void pack_b(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, in
   }
 }
 
-// kRows x (kVecs vectors) of C in registers over the whole depth.
+// kRows x (kVecs vectors) of C in registers over the whole depth. What C held is added last, so
+// that the small sums of this pass are not rounded to its size at every step.
 template <typename C, int kRows, int kVecs>
 inline void micro_kernel(int64_t k, const C* __restrict a, int64_t lda, const C* __restrict b,
                          C* __restrict c, int64_t ldc, int64_t n, bool accumulate) {
@@ -154,11 +155,7 @@ inline void micro_kernel(int64_t k, const C* __restrict a, int64_t lda, const C*
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) {
-      sum[i][j] = accumulate ? Vec::loadu(c + i * ldc + j * kLane,
-                                          std::clamp<int64_t>(n - j * kLane, 0, kLane))
-                             : Vec(C(0));
-    }
+    for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec(C(0));
   }
   for (int64_t p = 0; p < k; ++p) {
     Vec line[kVecs];
@@ -176,7 +173,9 @@ inline void micro_kernel(int64_t k, const C* __restrict a, int64_t lda, const C*
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) {
       const int64_t width = std::clamp<int64_t>(n - j * kLane, 0, kLane);
-      if (width > 0) sum[i][j].store(c + i * ldc + j * kLane, width);
+      if (width <= 0) continue;
+      C* out = c + i * ldc + j * kLane;
+      (accumulate ? Vec::loadu(out, width) + sum[i][j] : sum[i][j]).store(out, width);
     }
   }
 }
@@ -197,10 +196,7 @@ micro_kernel_bf16(int64_t k, const at::BFloat16* __restrict a, int64_t lda,
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      sum[i][j] =
-          accumulate ? _mm512_maskz_loadu_ps(mask[j], c + i * ldc + j * 16) : _mm512_setzero_ps();
-    }
+    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
   }
   for (int64_t p = 0; p < k; p += 2) {
     __m512bh line[4];
@@ -218,7 +214,11 @@ micro_kernel_bf16(int64_t k, const at::BFloat16* __restrict a, int64_t lda,
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_mask_storeu_ps(c + i * ldc + j * 16, mask[j], sum[i][j]);
+    for (int j = 0; j < 4; ++j) {
+      float* out = c + i * ldc + j * 16;
+      if (accumulate) sum[i][j] = _mm512_add_ps(_mm512_maskz_loadu_ps(mask[j], out), sum[i][j]);
+      _mm512_mask_storeu_ps(out, mask[j], sum[i][j]);
+    }
   }
 }
 #endif
