@@ -96,6 +96,12 @@ inline void convert_row(const T* in, int64_t stride, int64_t n, C* out) {
       return;
     }
   }
+  if constexpr (std::is_same_v<T, C>) {
+    if (stride == 1) {
+      std::copy_n(in, n, out);
+      return;
+    }
+  }
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(in[i * stride]);
 }
 
@@ -122,10 +128,13 @@ inline void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k
     if constexpr (kPair == 1) {
       convert_row(source, stride_n, cols, line);
     } else {
-      const bool paired = i + 1 < k;
-      for (int64_t j = 0; j < cols; ++j) {
-        line[2 * j] = static_cast<C>(source[j * stride_n]);
-        line[2 * j + 1] = paired ? static_cast<C>(source[stride_k + j * stride_n]) : C(0);
+      alignas(64) C pair[2][kPanel] = {};
+      for (int64_t r = 0; r < std::min(kPair, k - i); ++r) {
+        convert_row(source + r * stride_k, stride_n, cols, pair[r]);
+      }
+      for (int64_t j = 0; j < kPanel; ++j) {
+        line[2 * j] = pair[0][j];
+        line[2 * j + 1] = pair[1][j];
       }
     }
   }

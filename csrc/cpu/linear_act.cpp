@@ -1,8 +1,8 @@
 // out = residual + dropout(act(x W^T + b)), x [M, K], W [N, K]; gated: act(gate) * up of N / 2.
 //   Backward: dP = act'(saved) * mask * grad_out;  dX = dP W,  dW = dP^T X,  db = sum_m dP.
-// Forward: tasks of 48 rows x 128 columns; W is packed once a call and shared by the threads; the
-//   epilogue works on the float tile (24 KB) while it is in cache, row by row.
-// Backward: a block of 48 rows of dP is made once, multiplied by W while in cache, and left
+// Forward: tasks of 48 (bfloat16: 96) rows x 128 columns; W is packed once a call and shared; the
+//   epilogue works on the float tile while it is in cache, row by row.
+// Backward: such a block of rows of dP is made once, multiplied by W while in cache, and left
 //   transposed for dW, whose tiles are shared out after it. db adds up per block, then over the
 //   blocks in order: no result depends on the number of threads.
 // Numerics: float accumulation and epilogue (double for double); the pre-activation is rounded to
@@ -24,7 +24,9 @@ namespace fastnn {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kBlockRows = 48;
+// Rows of a task: as many as keep a backward's block of dP in L2.
+template <typename C>
+constexpr int64_t kBlockRows = std::is_same_v<C, at::BFloat16> ? 96 : 48;
 constexpr int64_t kBlockCols = 2 * kPanel;
 // Row functions of one activation over float (double) values.
 template <typename A>
@@ -155,42 +157,44 @@ void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor
       packed_weight[part] = packed<T, C>(rows, k, /*transposed=*/true, width);
     }
     const int64_t col_blocks = ceil_div(width, kBlockCols);
-    const int64_t tasks = ceil_div(m, kBlockRows) * col_blocks;
-    parallel_tasks(tasks, std::min(m, kBlockRows) * std::min(n, kBlockCols) * k, [&](int64_t task) {
-      const int64_t row0 = task / col_blocks * kBlockRows, col0 = task % col_blocks * kBlockCols;
-      const int64_t rows = std::min(kBlockRows, m - row0),
-                    cols = std::min(kBlockCols, width - col0);
-      alignas(64) A tile[2][kBlockRows * kBlockCols];
-      alignas(64) A mask[kBlockCols];
-      std::unique_ptr<C[]> converted;
-      if (!x.template usable<C>()) converted = scratch<C>(rows * pad_k<C>(k));
-      const auto [a, lda] = x.template as<C>(row0, rows, converted.get());
-      for (int64_t part = 0; part < parts; ++part) {
-        tile_gemm<C>(rows, cols, k, a, lda, packed_weight[part].get() + col0 * pad_k<C>(k),
-                     tile[part], kBlockCols, false);
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        A* line = tile[0] + i * kBlockCols;
-        A* up = tile[1] + i * kBlockCols;
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t offset = part * width + col0;
-          if (bias_data) add_row<T>(part ? up : line, bias_data + offset, cols);
-          if (preact_data) {
-            store_row(preact_data + (row0 + i) * n + offset, part ? up : line, cols);
+    const int64_t tasks = ceil_div(m, kBlockRows<C>) * col_blocks;
+    parallel_tasks(
+        tasks, std::min(m, kBlockRows<C>) * std::min(n, kBlockCols) * k, [&](int64_t task) {
+          const int64_t row0 = task / col_blocks * kBlockRows<C>,
+                        col0 = task % col_blocks * kBlockCols;
+          const int64_t rows = std::min(kBlockRows<C>, m - row0),
+                        cols = std::min(kBlockCols, width - col0);
+          alignas(64) A tile[2][kBlockRows<C> * kBlockCols];
+          alignas(64) A mask[kBlockCols];
+          std::unique_ptr<C[]> converted;
+          if (!x.template usable<C>()) converted = scratch<C>(rows * pad_k<C>(k));
+          const auto [a, lda] = x.template as<C>(row0, rows, converted.get());
+          for (int64_t part = 0; part < parts; ++part) {
+            tile_gemm<C>(rows, cols, k, a, lda, packed_weight[part].get() + col0 * pad_k<C>(k),
+                         tile[part], kBlockCols, false);
           }
-        }
-        act.value(line, line, cols);
-        if (act.gated) multiply_row(line, up, cols);
-        if (dropout.on) {
-          dropout_row(dropout.state, dropout.rate, row0 + i, width, col0, cols, mask);
-          multiply_row(line, mask, cols);
-        }
-        if (residual_data) {
-          add_row<T>(line, residual_data + (row0 + i) * residual_stride + col0, cols);
-        }
-        store_row(out_data + (row0 + i) * width + col0, line, cols);
-      }
-    });
+          for (int64_t i = 0; i < rows; ++i) {
+            A* line = tile[0] + i * kBlockCols;
+            A* up = tile[1] + i * kBlockCols;
+            for (int64_t part = 0; part < parts; ++part) {
+              const int64_t offset = part * width + col0;
+              if (bias_data) add_row<T>(part ? up : line, bias_data + offset, cols);
+              if (preact_data) {
+                store_row(preact_data + (row0 + i) * n + offset, part ? up : line, cols);
+              }
+            }
+            act.value(line, line, cols);
+            if (act.gated) multiply_row(line, up, cols);
+            if (dropout.on) {
+              dropout_row(dropout.state, dropout.rate, row0 + i, width, col0, cols, mask);
+              multiply_row(line, mask, cols);
+            }
+            if (residual_data) {
+              add_row<T>(line, residual_data + (row0 + i) * residual_stride + col0, cols);
+            }
+            store_row(out_data + (row0 + i) * width + col0, line, cols);
+          }
+        });
   });
 }
 
@@ -224,18 +228,21 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
   const Rows<T> x(input), w(weight);
   const T* grad_data = grad_out.const_data_ptr<T>();
   const T* saved_data = linear ? nullptr : saved.const_data_ptr<T>();
-  const int64_t blocks = ceil_div(m, kBlockRows);
-  const auto partial_bias = scratch<A>(wants_bias ? blocks * n : 0);
 
   visit_tile_type<T>([&](auto tag) {
     using C = decltype(tag);
+    const int64_t blocks = ceil_div(m, kBlockRows<C>);
+    const auto partial_bias = scratch<A>(wants_bias ? blocks * n : 0);
     const int64_t deep_m = pad_k<C>(m), deep_n = pad_k<C>(n);
+    // A line more a row: rows a power of two apart would all fall into one set of the cache.
+    constexpr int64_t kLine = 64 / sizeof(C);
+    const int64_t ld_m = deep_m + kLine, ld_n = deep_n + kLine;
     const auto packed_weight = wants_input ? packed<T, C>(w, n, /*transposed=*/false, k) : nullptr;
-    const auto transposed = scratch<C>(wants_weight ? n * deep_m : 0);
+    const auto transposed = scratch<C>(wants_weight ? n * ld_m : 0);
     parallel_tasks(
-        blocks, std::min(m, kBlockRows) * n * (wants_input ? k : 16), [&](int64_t block) {
-          const int64_t row0 = block * kBlockRows, rows = std::min(kBlockRows, m - row0);
-          const auto grad_block = scratch<C>(rows * deep_n);
+        blocks, std::min(m, kBlockRows<C>) * n * (wants_input ? k : 16), [&](int64_t block) {
+          const int64_t row0 = block * kBlockRows<C>, rows = std::min(kBlockRows<C>, m - row0);
+          const auto grad_block = scratch<C>(rows * ld_n);
           const auto line = scratch<A>(n + 2 * width);
           A* const y = line.get() + n;
           A* const z = y + width;
@@ -253,23 +260,23 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
                                  y, z);
             }
             if (bias_sum) add_row<A>(bias_sum, line.get(), n);
-            C* out = grad_block.get() + i * deep_n;
+            C* out = grad_block.get() + i * ld_n;
             store_row(out, line.get(), n);
             if (deep_n > n) out[n] = C(0);
           }
           if (wants_weight) {
-            transpose(grad_block.get(), deep_n, transposed.get() + row0, deep_m, rows, n);
+            transpose(grad_block.get(), ld_n, transposed.get() + row0, ld_m, rows, n);
             if (row0 + rows == m && deep_m > m) {
-              for (int64_t j = 0; j < n; ++j) transposed[j * deep_m + m] = C(0);
+              for (int64_t j = 0; j < n; ++j) transposed[j * ld_m + m] = C(0);
             }
           }
           if (!wants_input) return;
-          alignas(64) A tile[kBlockRows * kBlockCols];
+          alignas(64) A tile[kBlockRows<C> * kBlockCols];
           T* grad_input_data = grad_input.mutable_data_ptr<T>();
           for (int64_t col0 = 0; col0 < k; col0 += kBlockCols) {
             const int64_t cols = std::min(kBlockCols, k - col0);
-            tile_gemm<C>(rows, cols, n, grad_block.get(), deep_n,
-                         packed_weight.get() + col0 * deep_n, tile, kBlockCols, false);
+            tile_gemm<C>(rows, cols, n, grad_block.get(), ld_n, packed_weight.get() + col0 * deep_n,
+                         tile, kBlockCols, false);
             for (int64_t i = 0; i < rows; ++i) {
               store_row(grad_input_data + (row0 + i) * k + col0, tile + i * kBlockCols, cols);
             }
@@ -279,29 +286,30 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
       const auto packed_input = packed<T, C>(x, m, /*transposed=*/false, k);
       T* grad_weight_data = grad_weight.mutable_data_ptr<T>();
       const int64_t col_blocks = ceil_div(k, kBlockCols);
-      const int64_t tasks = ceil_div(n, kBlockRows) * col_blocks;
+      const int64_t tasks = ceil_div(n, kBlockRows<C>) * col_blocks;
       parallel_tasks(
-          tasks, std::min(n, kBlockRows) * std::min(k, kBlockCols) * m, [&](int64_t task) {
-            const int64_t row0 = task / col_blocks * kBlockRows,
+          tasks, std::min(n, kBlockRows<C>) * std::min(k, kBlockCols) * m, [&](int64_t task) {
+            const int64_t row0 = task / col_blocks * kBlockRows<C>,
                           col0 = task % col_blocks * kBlockCols;
-            const int64_t rows = std::min(kBlockRows, n - row0),
+            const int64_t rows = std::min(kBlockRows<C>, n - row0),
                           cols = std::min(kBlockCols, k - col0);
-            alignas(64) A tile[kBlockRows * kBlockCols];
-            tile_gemm<C>(rows, cols, m, transposed.get() + row0 * deep_m, deep_m,
+            alignas(64) A tile[kBlockRows<C> * kBlockCols];
+            tile_gemm<C>(rows, cols, m, transposed.get() + row0 * ld_m, ld_m,
                          packed_input.get() + col0 * deep_m, tile, kBlockCols, false);
             for (int64_t i = 0; i < rows; ++i) {
               store_row(grad_weight_data + (row0 + i) * k + col0, tile + i * kBlockCols, cols);
             }
           });
     }
+    if (wants_bias) {
+      const auto sum = scratch<A>(n);
+      std::fill_n(sum.get(), n, A(0));
+      for (int64_t block = 0; block < blocks; ++block) {
+        add_row<A>(sum.get(), partial_bias.get() + block * n, n);
+      }
+      store_row(grad_bias.mutable_data_ptr<T>(), sum.get(), n);
+    }
   });
-  if (wants_bias) {
-    const auto sum = scratch<A>(n);
-    std::fill_n(sum.get(), n, A(0));
-    for (int64_t block = 0; block < blocks; ++block)
-      add_row<A>(sum.get(), partial_bias.get() + block * n, n);
-    store_row(grad_bias.mutable_data_ptr<T>(), sum.get(), n);
-  }
 }
 
 at::Tensor with_unit_columns(const at::Tensor& matrix) {
