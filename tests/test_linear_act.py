@@ -23,16 +23,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((64, 64, 128), (7, 33, 45), (131, 65, 67), (1, 1, 1), (30, 700, 20))
 
 
-def make(shape, dtype, layout="contiguous", requires_grad=True):
-    """A leaf of N(0, 1) values in `dtype` and the layout that is used of it."""
+def make(shape, dtype, layout="contiguous", requires_grad=True, scale=1.0):
+    """A leaf of N(0, scale^2) values in `dtype` and `layout`."""
     if layout == "permuted":
-        leaf = torch.randn(*reversed(shape), dtype=torch.float64).to(dtype)
+        leaf = (scale * torch.randn(*reversed(shape), dtype=torch.float64)).to(dtype)
         view = leaf.permute(*reversed(range(len(shape))))
     elif layout == "offset":
-        leaf = torch.randn(*(s + 3 for s in shape), dtype=torch.float64).to(dtype)
+        leaf = (scale * torch.randn(*(s + 3 for s in shape), dtype=torch.float64)).to(dtype)
         view = leaf[tuple(slice(2, 2 + s) for s in shape)]
     else:
-        view = torch.randn(*shape, dtype=torch.float64).to(dtype)
+        view = (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype)
     return view.detach().requires_grad_(requires_grad)
 
 
@@ -65,9 +65,10 @@ def compare(tensors, grad_out, activation, keep=None, **options):
 def operands(activation, shape, dtype, layout="contiguous", bias=True, residual=True):
     m, k, n = shape
     rows = 2 * n if ACTIVATIONS[activation].gated else n
+    # N(0, 1) pre-activations, as a network has them; wider ones saturate every activation.
     return (
         make((m, k), dtype, layout),
-        make((rows, k), dtype, layout),
+        make((rows, k), dtype, layout, scale=max(k, 1) ** -0.5),
         make((rows,), dtype, layout) if bias else None,
         make((m, n), dtype, layout) if residual else None,
     )
