@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib.machinery import PathFinder
 from types import SimpleNamespace
 
 import torch
@@ -187,7 +188,8 @@ NATIVE, TRITON = _register()
 
 def _load_extension() -> str | None:
     """Load the C++ kernels; returns why there are none, or None."""
-    if importlib.util.find_spec("fastnn._C") is None:
+    # Beside this file only: an editable install would offer the extension of another checkout.
+    if PathFinder.find_spec("fastnn._C", [os.path.dirname(__file__)]) is None:
         return "fastnn was installed without its C++ extension (FASTNN_BUILD_EXT=0)"
     from fastnn._built_for import TORCH
 
