@@ -53,7 +53,7 @@ OPTIONS = {
     "bottom_right": lambda *_: {"is_causal": True, "causal_alignment": "bottom_right"},
     "window": lambda *_: {"window": (5, 3)},
     "window_bottom_right": lambda *_: {"window": (40, 7), "causal_alignment": "bottom_right"},
-    "scale": lambda *_: {"scale": -0.05},
+    "scale": lambda *_: {"scale": -0.3},
     "softcap": lambda *_: {"softcap": 1.5},
     "alibi": lambda b, h, sq, sk, dtype: {"alibi_slopes": torch.rand(h), "is_causal": True},
     "sinks": lambda b, h, sq, sk, dtype: {"sinks": values((h,), dtype), "is_causal": True},
