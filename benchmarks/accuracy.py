@@ -52,8 +52,11 @@ class Oracle:
         )()
 
     def errors(self, provider: common.Provider, step: Callable) -> dict[str, float] | None:
-        """Relative error of the output and of each gradient; None where a provider's dropout mask
-        cannot be replayed (compiled code and CUDA's eager dropout have generators of their own)."""
+        """Relative error of the output and of each gradient; None where there is no oracle, or a
+        provider's dropout mask cannot be replayed (compiled code and CUDA's eager dropout have
+        generators of their own)."""
+        if common.FAMILIES[self.case.family].oracle is None:
+            return None
         if not self.case.options.get("dropout_p"):
             if self._result is None:
                 self._result = self._compute(None)

@@ -362,7 +362,7 @@ std::tuple<at::Tensor, at::Tensor> attention_forward_cpu(
   check_attention("attention_forward", query, key, value, options);
   const auto type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor out =
-      at::empty({query.size(0), query.size(1), query.size(2), value.size(3)}, query.options());
+      empty_tensor({query.size(0), query.size(1), query.size(2), value.size(3)}, query.options());
   at::Tensor lse =
       at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(type));
   if (lse.numel() == 0) return {out, lse};

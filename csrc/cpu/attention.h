@@ -7,8 +7,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <cmath>
 #include <cstring>
@@ -31,18 +29,6 @@ inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 template <typename A>
 inline constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
-// Uninitialized scratch, 64-byte aligned, from torch's allocator.
-template <typename E>
-class Buffer {
- public:
-  explicit Buffer(int64_t n)
-      : data_(c10::GetCPUAllocator()->allocate(std::max<int64_t>(n, 1) * sizeof(E))) {}
-  E* get() const { return static_cast<E*>(data_.get()); }
-
- private:
-  c10::DataPtr data_;
-};
 
 // A (batch, head, row, column) tensor of any strides.
 template <typename T>

@@ -581,7 +581,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
   const auto gradient = [&](bool wanted, const at::Tensor& like) {
     if (!wanted) return at::empty({0}, like.options());
     return empty ? at::zeros(like.sizes(), like.options())
-                 : at::empty(like.sizes(), like.options());
+                 : empty_tensor(like.sizes(), like.options());
   };
   at::Tensor grad_query = gradient(output_mask[0], query);
   at::Tensor grad_key = gradient(output_mask[1], key);

@@ -3,9 +3,8 @@
 
 #include <ATen/Parallel.h>
 
-#include <memory>
-
 #include "gemm.h"
+#include "memory.h"
 #include "vec.h"
 
 namespace fastnn {
@@ -13,11 +12,6 @@ inline namespace CPU_CAPABILITY {
 
 // Work below which a second thread costs more than it brings (about 10 us), in multiply-adds.
 inline constexpr int64_t kGrain = 1 << 19;
-
-template <typename C>
-inline std::unique_ptr<C[]> scratch(int64_t n) {
-  return std::unique_ptr<C[]>(new C[n]);  // not value-initialized
-}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

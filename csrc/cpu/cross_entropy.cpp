@@ -503,7 +503,7 @@ std::tuple<at::Tensor, at::Tensor> backward_typed(
   at::Tensor grad_logits, grad_target;
   Gradients<T> out;
   if (output_mask[0]) {
-    grad_logits = at::empty(logits.sizes(), logits.options());
+    grad_logits = empty_tensor(logits.sizes(), logits.options());
     const at::Tensor x = three_dimensional(grad_logits);
     out.logits = matrix_of<T>(x, x.mutable_data_ptr<T>());
   } else {
@@ -511,7 +511,7 @@ std::tuple<at::Tensor, at::Tensor> backward_typed(
   }
   if (to_target) {
     const auto dtype = p.narrow.data ? logits.scalar_type() : kAccumulate<A>;
-    grad_target = at::empty(target.sizes(), target.options().dtype(dtype));
+    grad_target = empty_tensor(target.sizes(), target.options().dtype(dtype));
     const at::Tensor t = three_dimensional(grad_target);
     if (p.narrow.data) {
       out.narrow = matrix_of<T>(t, t.mutable_data_ptr<T>());

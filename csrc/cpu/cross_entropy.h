@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "memory.h"
 #include "vec.h"
 
 namespace fastnn {

@@ -7,8 +7,6 @@
 //   blocks in order: no result depends on the number of threads.
 // Numerics: float accumulation and epilogue (double for double); the pre-activation is rounded to
 //   the input's type only where it is saved. Dropout: csrc/philox.h.
-#include <ATen/ops/empty.h>
-
 #include <array>
 #include <string_view>
 
@@ -99,8 +97,8 @@ struct Rows {
 };
 
 template <typename T, typename C>
-std::unique_ptr<C[]> packed(const Rows<T>& b, int64_t k, bool transposed, int64_t n) {
-  auto out = scratch<C>(packed_size<C>(k, n));
+Buffer<C> packed(const Rows<T>& b, int64_t k, bool transposed, int64_t n) {
+  auto out = Buffer<C>(packed_size<C>(k, n));
   const int64_t stride_k = transposed ? b.stride_col : b.stride_row;
   const int64_t stride_n = transposed ? b.stride_row : b.stride_col;
   parallel_tasks(panels(n), k * kPanel * 4, [&](int64_t panel) {
@@ -150,7 +148,7 @@ void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor
 
   visit_tile_type<T>([&](auto tag) {
     using C = decltype(tag);
-    std::array<std::unique_ptr<C[]>, 2> packed_weight;
+    std::array<Buffer<C>, 2> packed_weight;
     for (int64_t part = 0; part < parts; ++part) {
       Rows<T> rows = w;
       rows.data += part * width * w.stride_row;
@@ -166,8 +164,8 @@ void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor
                         cols = std::min(kBlockCols, width - col0);
           alignas(64) A tile[2][kBlockRows<C> * kBlockCols];
           alignas(64) A mask[kBlockCols];
-          std::unique_ptr<C[]> converted;
-          if (!x.template usable<C>()) converted = scratch<C>(rows * pad_k<C>(k));
+          Buffer<C> converted;
+          if (!x.template usable<C>()) converted = Buffer<C>(rows * pad_k<C>(k));
           const auto [a, lda] = x.template as<C>(row0, rows, converted.get());
           for (int64_t part = 0; part < parts; ++part) {
             tile_gemm<C>(rows, cols, k, a, lda, packed_weight[part].get() + col0 * pad_k<C>(k),
@@ -232,18 +230,19 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
   visit_tile_type<T>([&](auto tag) {
     using C = decltype(tag);
     const int64_t blocks = ceil_div(m, kBlockRows<C>);
-    const auto partial_bias = scratch<A>(wants_bias ? blocks * n : 0);
+    const auto partial_bias = Buffer<A>(wants_bias ? blocks * n : 0);
     const int64_t deep_m = pad_k<C>(m), deep_n = pad_k<C>(n);
     // A line more a row: rows a power of two apart would all fall into one set of the cache.
     constexpr int64_t kLine = 64 / sizeof(C);
     const int64_t ld_m = deep_m + kLine, ld_n = deep_n + kLine;
-    const auto packed_weight = wants_input ? packed<T, C>(w, n, /*transposed=*/false, k) : nullptr;
-    const auto transposed = scratch<C>(wants_weight ? n * ld_m : 0);
+    const auto packed_weight =
+        wants_input ? packed<T, C>(w, n, /*transposed=*/false, k) : Buffer<C>();
+    const auto transposed = Buffer<C>(wants_weight ? n * ld_m : 0);
     parallel_tasks(
         blocks, std::min(m, kBlockRows<C>) * n * (wants_input ? k : 16), [&](int64_t block) {
           const int64_t row0 = block * kBlockRows<C>, rows = std::min(kBlockRows<C>, m - row0);
-          const auto grad_block = scratch<C>(rows * ld_n);
-          const auto line = scratch<A>(n + 2 * width);
+          const auto grad_block = Buffer<C>(rows * ld_n);
+          const auto line = Buffer<A>(n + 2 * width);
           A* const y = line.get() + n;
           A* const z = y + width;
           A* bias_sum = wants_bias ? partial_bias.get() + block * n : nullptr;
@@ -267,7 +266,7 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
           if (wants_weight) {
             transpose(grad_block.get(), ld_n, transposed.get() + row0, ld_m, rows, n);
             if (row0 + rows == m && deep_m > m) {
-              for (int64_t j = 0; j < n; ++j) transposed[j * ld_m + m] = C(0);
+              for (int64_t j = 0; j < n; ++j) transposed.get()[j * ld_m + m] = C(0);
             }
           }
           if (!wants_input) return;
@@ -302,7 +301,7 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
           });
     }
     if (wants_bias) {
-      const auto sum = scratch<A>(n);
+      const auto sum = Buffer<A>(n);
       std::fill_n(sum.get(), n, A(0));
       for (int64_t block = 0; block < blocks; ++block) {
         add_row<A>(sum.get(), partial_bias.get() + block * n, n);
@@ -336,10 +335,10 @@ std::tuple<at::Tensor, at::Tensor> linear_act_forward_cpu(
   const int64_t k = weight.size(1), n = weight.size(0), width = gated ? n / 2 : n;
   auto shape = input.sizes().vec();
   shape.back() = width;
-  at::Tensor out = at::empty(shape, input.options());
+  at::Tensor out = empty_tensor(shape, input.options());
   shape.back() = n;
   at::Tensor preact =
-      save_preact ? at::empty(shape, input.options()) : at::empty({0}, input.options());
+      save_preact ? empty_tensor(shape, input.options()) : at::empty({0}, input.options());
   at::Tensor bias_row, residual_rows;
   if (bias) {
     check_shape(*bias, {n}, op, "bias");
@@ -381,7 +380,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_act_backward_cpu(
     check_dtype(saved, input.scalar_type(), op, "saved");
   }
   const auto empty = [&](bool wanted, at::IntArrayRef sizes) {
-    return at::empty(wanted ? sizes : at::IntArrayRef{0}, input.options());
+    return empty_tensor(wanted ? sizes : at::IntArrayRef{0}, input.options());
   };
   at::Tensor grad_input = empty(output_mask[0], input.sizes());
   at::Tensor grad_weight = empty(output_mask[1], weight.sizes());
@@ -407,7 +406,7 @@ at::Tensor dropout_cpu(const at::Tensor& input, const at::Tensor& seed, double p
   check_float(input, true, op, "input");
   check_dropout(p, seed, op);
   const at::Tensor in = input.contiguous();
-  at::Tensor out = at::empty(in.sizes(), in.options());
+  at::Tensor out = empty_tensor(in.sizes(), in.options());
   if (out.numel() == 0) return out;
   const int64_t cols = in.dim() ? in.size(-1) : 1, rows = in.numel() / cols;
   // Pieces of a row, so that one long row is shared out too; a multiple of 8 columns.

@@ -53,7 +53,7 @@ void add_weight_gradient(const at::Tensor& dlogits, const at::Tensor& x, at::Ten
   const C* gradient = dlogits.const_data_ptr<C>();
   const C* input = x.const_data_ptr<C>();
   float* out = dw.mutable_data_ptr<float>();
-  const at::Tensor packed = at::empty({packed_size<C>(rows, features)}, x.options());
+  const at::Tensor packed = empty_tensor({packed_size<C>(rows, features)}, x.options());
   C* b = packed.mutable_data_ptr<C>();
   at::parallel_for(0, panels(features), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -153,7 +153,7 @@ void run(const Job<T>& job, Linear& linear, const std::vector<int64_t>& kept, bo
   const int64_t step = rows_per_chunk(rows, classes, sizeof(G), workspace_bytes);
   const int64_t slice = converts ? std::min(kSlice, classes) : classes;
   const bool one_chunk = step >= rows;
-  const at::Tensor workspace = at::empty({rows ? step : 0, classes}, options);
+  const at::Tensor workspace = empty_tensor({rows ? step : 0, classes}, options);
   if (!all_kept && linear.grad_x.defined()) linear.grad_x.zero_();
 
   // dW in its own dtype if one GEMM makes it whole, else in the accumulation type.
@@ -161,7 +161,7 @@ void run(const Job<T>& job, Linear& linear, const std::vector<int64_t>& kept, bo
   if (linear.grad_w.defined()) {
     const bool direct = !converts && (one_chunk || !std::is_same_v<T, at::BFloat16>);
     dw = direct ? linear.grad_w
-                : at::empty(linear.grad_w.sizes(), options.dtype(kAccumulate<accumulate_t<T>>));
+                : empty_tensor(linear.grad_w.sizes(), options.dtype(kAccumulate<accumulate_t<T>>));
     if (rows == 0 || (!direct && !converts)) dw.zero_();
   }
   const auto w_slice = [&](int64_t v, int64_t n) {
@@ -299,11 +299,11 @@ Result run_typed(const char* op, const at::Tensor& grad_loss,
   result.grad_weight = at::empty({0}, linear_weight.options());
   result.grad_bias = at::empty({0}, linear_weight.options());
   if (output_mask[0]) {
-    result.grad_input = at::empty(input.sizes(), input.options());
+    result.grad_input = empty_tensor(input.sizes(), input.options());
     linear.grad_x = result.grad_input.view({rows, features});
   }
   if (output_mask[1]) {
-    result.grad_weight = at::empty(linear_weight.sizes(), linear_weight.options());
+    result.grad_weight = empty_tensor(linear_weight.sizes(), linear_weight.options());
     linear.grad_w = result.grad_weight;
   }
   if (output_mask[2]) linear.grad_b = at::zeros({classes}, accumulate_options);
