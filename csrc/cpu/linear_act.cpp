@@ -416,21 +416,22 @@ at::Tensor dropout_cpu(const at::Tensor& input, const at::Tensor& seed, double p
   const DropoutRate rate = dropout_rate(p);
   visit_float(in.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    using A = accumulate_t<T>;
     const T* x = in.const_data_ptr<T>();
     T* y = out.mutable_data_ptr<T>();
     parallel_tasks(rows * pieces, std::min(cols, kPiece) * 8, [&](int64_t task) {
       const int64_t row = task / pieces, piece = task % pieces * kPiece;
       const int64_t end = std::min(cols, piece + kPiece);
-      alignas(64) A mask[kGroups * 8];
-      for (int64_t col = piece; col < end; col += kGroups * 8) {
-        const int64_t count = std::min(kGroups * 8, end - col);
-        dropout_row(state, rate, row, cols, col, count, mask);
+      const AccVec<T> scale(static_cast<accumulate_t<T>>(rate.scale));
+      uint16_t bits[kDrawn / 16];
+      for (int64_t col = piece; col < end; col += kDrawn) {
+        const int64_t count = std::min(kDrawn, end - col);
+        dropout_bits(state, rate, row, cols, col, count, bits);
+        const T* from = x + row * cols + col;
+        T* to = y + row * cols + col;
         for (int64_t i = 0; i < count; i += kLanes<T>) {
           const int64_t width = std::min(kLanes<T>, count - i);
-          const T* from = x + row * cols + col + i;
-          store_vec(y + row * cols + col + i,
-                    load_vec(from, width) * AccVec<T>::loadu(mask + i, width), width);
+          const AccVec<T> v = load_vec(from + i, width) * scale;
+          store_vec(to + i, keep_lanes(v, bits_at(bits, i)), width);
         }
       }
     });
