@@ -164,18 +164,18 @@ def cross_entropy(
     name = "cross_entropy"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)) or weight is not None:
         _check.tensor(name, input=input, target=target, weight_or_none=weight)
-    dims = input.dim()
+    shape = input.shape
+    dims = len(shape)
     if dims == 0:
         _check.fail(RuntimeError, name, "input", "at least 1-D", "a scalar")
     if not input.is_floating_point():
         _check.fail(NotImplementedError, name, "input", "floating point", input.dtype)
-    shape = input.shape
-    classes = shape[1] if dims > 1 else shape[0]
+    classes = shape[1 if dims > 1 else 0]
     if (
-        not (z_loss or softcap is not None or return_lse)
-        and input.numel() <= min(_TORCH_UP_TO, _TORCH_ROWS * classes)
+        input.is_cpu
         and backend.current_backend() == "auto"
-        and input.device.type == "cpu"
+        and input.numel() <= min(_TORCH_UP_TO, _TORCH_ROWS * classes)
+        and not (z_loss or softcap is not None or return_lse)
     ):
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction,

@@ -16,6 +16,7 @@
 #include "../check.h"
 #include "common.h"
 #include "dropout.h"
+#include "exp.h"
 
 namespace fastnn {
 inline namespace CPU_CAPABILITY {
@@ -178,30 +179,6 @@ inline void gemm_first_rows(int64_t m, int64_t n, int64_t k, const C* a, int64_t
                  true);
   }
 }
-
-// exp(x) for x <= 88, exactly 0 below the smallest normal number; NaN stays NaN.
-// 2^n times a polynomial in the remainder, fitted at Chebyshev nodes: relative error 3e-9 before
-// rounding.
-inline Vectorized<float> exp_below(const Vectorized<float>& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147181f), x);
-  __m512 y = _mm512_set1_ps(0.0013941108f);
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0083751264f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0416663529f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.1666641551f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0000000377f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f));
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(normal, y, n);
-#else
-  return x.exp();
-#endif
-}
-
-inline Vectorized<double> exp_below(const Vectorized<double>& x) { return x.exp(); }
 
 // Whether every number is finite: the exponent bits are not all ones.
 template <typename C>

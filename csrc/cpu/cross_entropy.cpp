@@ -183,12 +183,12 @@ void strip_stats(const Problem<T>& p, int64_t first, int64_t count, RowStats<A>*
       const Vec lowest(kLowest), zero(A(0));
       const Vec reference = Vec::blendv(top, zero, top == lowest);
       const Vec moved = Vec::blendv(before - reference, zero, before == lowest);
-      Vec s = Vec::loadu(sum + r) * exp_of<A>(moved);
+      Vec s = Vec::loadu(sum + r) * exp_below(moved);
       Vec m = Vec::loadu(mass + r);
       Vec d = at::vec::fmadd(m, moved, Vec::loadu(dot + r));
       for (int64_t c = 0; c < n; ++c) {
         const Vec v = Vec::loadu(tile + c * kStrip + r) - reference;
-        s = s + exp_of<A>(v);
+        s = s + exp_below(v);
         if constexpr (kind == Target::kSmooth) d = d + v;
         if constexpr (kind == Target::kWeightedSmooth || kind == Target::kSoft) {
           Vec u(p.options.class_weight(begin + c));
@@ -315,14 +315,14 @@ void strip_gradient(const Problem<T>& p, const RowGradient<A>* rows, int64_t fir
         A* at = tile + c * kStrip + r;
         const Vec z = Vec::loadu(at);
         const Vec v = z - reference;
-        Vec grad = exp_of<A>(v) * scale;
+        Vec grad = exp_below(v) * scale;
         const Vec weight(options.class_weight(begin + c));
         if constexpr (kind == Target::kSmooth) grad = grad - g * Vec(options.share);
         if constexpr (kind == Target::kWeightedSmooth) {
           grad = grad - g * Vec(options.share) * weight;
         }
         if constexpr (kind == Target::kSoft) {
-          const Vec p = exp_of<A>(v) / Vec::loadu(sums + r);
+          const Vec p = exp_below(v) / Vec::loadu(sums + r);
           const Vec q = soft_target_lanes(options, target + c * kStrip + r, begin + c);
           grad = at::vec::fmadd(Vec::loadu(extras + r), p, g * (Vec::loadu(masses + r) * p - q));
           const Vec to_target = (log_sum - v) * (g * Vec(kept)) * weight;

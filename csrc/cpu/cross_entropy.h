@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "exp.h"
 #include "memory.h"
 #include "vec.h"
 
@@ -105,45 +106,6 @@ struct RowStats {
   }
 };
 
-// exp with an error of about 1 ulp, inlined: libtorch's is a call per vector. Underflows to 0; of
-// arguments above 0 only small ones are needed (z - lse is at most a rounding error above 0).
-template <typename A>
-inline Vectorized<A> exp_of(const Vectorized<A>& x) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<A, float>) {
-    // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, and exp(r) by Taylor's series
-    // to degree 7 (remainder 5e-9). The order of max's operands lets NaN through.
-#if defined(CPU_CAPABILITY_AVX512)
-    const Vectorized<float> v(_mm512_max_ps(_mm512_set1_ps(-104.0f), x));
-    const Vectorized<float> n(
-        _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), 8));
-#else
-    const Vectorized<float> v(_mm256_max_ps(_mm256_set1_ps(-87.3f), x));
-    const Vectorized<float> n(_mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(1.44269504f)), 8));
-#endif
-    using V = Vectorized<float>;
-    V r = at::vec::fmadd(n, V(-0.693359375f), v);
-    r = at::vec::fmadd(n, V(2.12194440e-4f), r);
-    V p = at::vec::fmadd(V(1.0f / 5040), r, V(1.0f / 720));
-    p = at::vec::fmadd(p, r, V(1.0f / 120));
-    p = at::vec::fmadd(p, r, V(1.0f / 24));
-    p = at::vec::fmadd(p, r, V(1.0f / 6));
-    p = at::vec::fmadd(p, r, V(0.5f));
-    p = at::vec::fmadd(p, r, V(1.0f));
-    p = at::vec::fmadd(p, r, V(1.0f));
-#if defined(CPU_CAPABILITY_AVX512)
-    return V(_mm512_scalef_ps(p, n));
-#else
-    const __m256i power =
-        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    const __m256 underflow = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_LT_OQ);
-    return V(_mm256_andnot_ps(underflow, _mm256_mul_ps(p, _mm256_castsi256_ps(power))));
-#endif
-  }
-#endif
-  return x.exp();
-}
-
 template <typename A>
 inline A sum_lanes(const Vectorized<A>& v) {
   using V = Vectorized<A>;
@@ -156,22 +118,6 @@ inline A max_lanes(const Vectorized<A>& v) {
   using V = Vectorized<A>;
   return at::vec::VecReduceAllSIMD<A, V (*)(const V&, const V&)>::apply(
       [](const V& a, const V& b) { return at::vec::clamp_min(a, b); }, v);
-}
-
-// The logits [z, z + n) in A with the softcap applied: in place where nothing is to do.
-template <typename T, typename A = accumulate_t<T>>
-inline const A* staged(const T* z, int64_t n, A softcap, A* buffer) {
-  if constexpr (std::is_same_v<T, A>) {
-    if (softcap == A(0)) return z;
-  }
-  constexpr int64_t kLane = kLanes<T>;
-  for (int64_t c = 0; c < n; c += kLane) {
-    const int64_t width = std::min(kLane, n - c);
-    AccVec<T> v = load_vec(z + c, width);
-    if (softcap != A(0)) v = (v / AccVec<T>(softcap)).tanh() * AccVec<T>(softcap);
-    store_vec(buffer + c, v, width);
-  }
-  return buffer;
 }
 
 template <typename A>
@@ -193,14 +139,12 @@ inline AccVec<T> soft_target(const LossOptions<A>& options, const Probabilities<
   return options.weight ? q * load_vec(options.weight + c, n) : q;
 }
 
-// Statistics of the n <= kBlock classes from `begin`, whose logits start at z.
-template <Target kind, typename T, typename A = accumulate_t<T>>
-inline RowStats<A> block_stats(const LossOptions<A>& options, const T* z, int64_t begin, int64_t n,
-                               const Probabilities<T>& target) {
+// Statistics of the n <= kBlock classes from `begin`, whose (capped) logits start at `row`.
+template <Target kind, typename T, typename S, typename A = accumulate_t<T>>
+inline RowStats<A> block_stats_of(const LossOptions<A>& options, const S* row, int64_t begin,
+                                  int64_t n, const Probabilities<T>& target) {
   using Vec = AccVec<T>;
   constexpr int64_t kLane = kLanes<T>;
-  alignas(64) A buffer[kBlock];
-  const A* row = staged(z, n, options.softcap, buffer);
 
   RowStats<A> stats;
   Vec top[4] = {Vec(stats.max), Vec(stats.max), Vec(stats.max), Vec(stats.max)};
@@ -217,10 +161,10 @@ inline RowStats<A> block_stats(const LossOptions<A>& options, const T* z, int64_
 
   const Vec reference(stats.reference());
   Vec sum(A(0)), dot(A(0)), mass(A(0));
-  const auto accumulate = [&](int64_t at, int64_t width) {
+  const auto accumulate = [&](int64_t at, int64_t width) __attribute__((always_inline)) {
     const bool partial = width < kLane;
     const Vec v = load_vec(row + at, width) - reference;
-    const Vec e = exp_of<A>(v);
+    const Vec e = exp_below(v);
     sum = sum + (partial ? Vec::set(Vec(A(0)), e, width) : e);
     if constexpr (kind != Target::kIndex) {
       Vec u(A(1));
@@ -241,6 +185,19 @@ inline RowStats<A> block_stats(const LossOptions<A>& options, const T* z, int64_
     stats.mass = sum_lanes(mass);
   }
   return stats;
+}
+
+template <Target kind, typename T, typename A = accumulate_t<T>>
+inline RowStats<A> block_stats(const LossOptions<A>& options, const T* z, int64_t begin, int64_t n,
+                               const Probabilities<T>& target) {
+  if (options.softcap == A(0)) return block_stats_of<kind, T>(options, z, begin, n, target);
+  alignas(64) A buffer[kBlock];
+  const AccVec<T> cap(options.softcap);
+  for (int64_t c = 0; c < n; c += kLanes<T>) {
+    const int64_t width = std::min(kLanes<T>, n - c);
+    store_vec(buffer + c, (load_vec(z + c, width) / cap).tanh() * cap, width);
+  }
+  return block_stats_of<kind, T>(options, static_cast<const A*>(buffer), begin, n, target);
 }
 
 template <Target kind, typename T, typename A = accumulate_t<T>>
@@ -343,7 +300,7 @@ inline void block_gradient_of(const LossOptions<A>& options, const RowGradient<A
   const Vec reference(row.reference), scale(row.scale), g(row.g), one(A(1));
   const Vec share(row.g * options.share), cap(options.softcap);
   const A kept = A(1) - options.smoothing;
-  const auto write = [&](int64_t at, int64_t width) {
+  const auto write = [&](int64_t at, int64_t width) __attribute__((always_inline)) {
     Vec v = load_vec(z + at, width), slope(A(1));
     if constexpr (kCapped) {
       const Vec t = (v / cap).tanh();
@@ -351,14 +308,14 @@ inline void block_gradient_of(const LossOptions<A>& options, const RowGradient<A
       v = cap * t;
     }
     v = v - reference;
-    Vec grad = exp_of<A>(v) * scale;
+    Vec grad = exp_below(v) * scale;
     if constexpr (kind == Target::kSmooth) grad = grad - share;
     if constexpr (kind == Target::kWeightedSmooth) {
       grad = grad - share * load_vec(options.weight + begin + at, width);
     }
     if constexpr (kind == Target::kSoft) {
       // q from p before the rest is added, as in label_gradient.
-      const Vec p = exp_of<A>(v) / Vec(row.sum);
+      const Vec p = exp_below(v) / Vec(row.sum);
       grad = g * (Vec(row.mass) * p - soft_target(options, target, begin + at, width));
       grad = at::vec::fmadd(Vec(row.extra), p, grad);
       if (grad_target) {
