@@ -15,13 +15,21 @@ inline constexpr int64_t kGrain = 1 << 19;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(task) for every task, on threads only where a thread gets kGrain of work.
+// Calls f(begin, end) on ranges of the tasks, on threads only where a thread gets kGrain of work.
 template <typename F>
-inline void parallel_tasks(int64_t tasks, int64_t work_each, const F& f) {
+inline void parallel_ranges(int64_t tasks, int64_t work_each, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_each));
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) f(task);
+    f(begin, end);
     release_tiles();
+  });
+}
+
+// The same, task by task.
+template <typename F>
+inline void parallel_tasks(int64_t tasks, int64_t work_each, const F& f) {
+  parallel_ranges(tasks, work_each, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task);
   });
 }
 
@@ -53,6 +61,14 @@ inline void load_row(A* x, const T* in, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const int64_t width = std::min(kLanes<T>, n - i);
     load_vec(in + i, width).store(x + i, width);
+  }
+}
+
+template <typename T>
+inline void add_row(accumulate_t<T>* x, const T* in, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int64_t width = std::min(kLanes<T>, n - i);
+    (AccVec<T>::loadu(x + i, width) + load_vec(in + i, width)).store(x + i, width);
   }
 }
 

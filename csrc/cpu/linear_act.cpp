@@ -125,14 +125,6 @@ void multiply_row(A* x, const A* y, int64_t n) {
 }
 
 template <typename T>
-void add_row(accumulate_t<T>* x, const T* in, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const int64_t width = std::min(kLanes<T>, n - i);
-    (AccVec<T>::loadu(x + i, width) + load_vec(in + i, width)).store(x + i, width);
-  }
-}
-
-template <typename T>
 void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
              const at::Tensor& residual, const Dropout& dropout,
              const ActivationRows<accumulate_t<T>>& act, at::Tensor& out, at::Tensor& preact) {

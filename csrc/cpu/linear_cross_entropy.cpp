@@ -4,25 +4,20 @@
 //   the forward makes the gradients for an upstream gradient of 1 with three GEMMs in all, and the
 //   backward of a scaled loss only scales them; reduction "none" and a used lse recompute.
 //   Rows whose label is ignored are dropped before the first GEMM: they cost nothing.
-//   Work: the GEMMs are libtorch's where it has a fast one for the dtype. Half, and bfloat16 on a
-//   CPU without its instructions, are multiplied as float in slices of W. For bfloat16 libtorch has
-//   no GEMM that adds to float, so dW over several chunks is made of tiles of gemm.h.
+//   Work: the GEMMs are tiles of gemm.h. A task of the logits and of dW is 128 classes, whose part
+//   of W or dlogits it packs itself, once a chunk; a task of dX is 256 rows by 128 columns, over
+//   the classes in steps of 256. No sum depends on the number of threads.
 //   Memory: one chunk of logits (workspace_bytes), and dW in float if it takes several chunks.
-//   Numerics: logits in W's dtype as F.linear gives them; statistics, db and dW over chunks in
-//   float.
+//   Numerics: logits rounded to the tiles' type (bfloat16 as F.linear gives them; of half, float);
+//   statistics, db and dW over chunks in float.
 #include <ATen/Dispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "common.h"
 #include "cross_entropy.h"
-#include "gemm.h"
 #include "registry.h"
 
 namespace fastnn {
@@ -32,10 +27,12 @@ namespace {
 // A chunk of logits: large enough that reading W and dW once per chunk is small beside the GEMMs.
 constexpr int64_t kDefaultWorkspace = int64_t{64} << 20;
 constexpr int64_t kDefaultMinRows = 256;
-// Rows of W converted to float at a time.
-constexpr int64_t kSlice = 2048;
-// Columns of dlogits transposed at a time; with 1024 rows, 256 KB.
-constexpr int64_t kTransposed = 128;
+// The logits' and dX's tiles are rows by 128 columns, whose panels of W stay in L2; dX sums 256
+// classes at a time. A tile of dW is 256 classes by all columns of X.
+constexpr int64_t kTileCols = 2 * kPanel;
+constexpr int64_t kTileRows = 512;
+constexpr int64_t kTileDeep = 256;
+constexpr int64_t kTileClasses = 256;
 
 int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element, int64_t workspace_bytes) {
   const int64_t row = std::max<int64_t>(1, classes * element);
@@ -44,45 +41,6 @@ int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element, int64_t w
   most = std::clamp<int64_t>(most, 1, std::max<int64_t>(rows, 1));
   const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
   return std::max<int64_t>(1, (rows + chunks - 1) / chunks);
-}
-
-// dW (V x D, float) += dlogits^T (V x R) x (R x D), in tiles of 128 classes.
-template <typename C>
-void add_weight_gradient(const at::Tensor& dlogits, const at::Tensor& x, at::Tensor& dw) {
-  const int64_t rows = dlogits.size(0), classes = dlogits.size(1), features = x.size(1);
-  const C* gradient = dlogits.const_data_ptr<C>();
-  const C* input = x.const_data_ptr<C>();
-  float* out = dw.mutable_data_ptr<float>();
-  const at::Tensor packed = empty_tensor({packed_size<C>(rows, features)}, x.options());
-  C* b = packed.mutable_data_ptr<C>();
-  at::parallel_for(0, panels(features), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      pack_panel<C, C>(input, x.stride(0), 1, rows, features, panel, b);
-    }
-  });
-  const int64_t depth = pad_k<C>(rows);
-  const int64_t tiles = (classes + kTransposed - 1) / kTransposed;
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<C> transposed(kTransposed * depth, C(0));
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kTransposed;
-      const int64_t count = std::min(kTransposed, classes - first);
-      // 16 x 16 pieces: both sides stay within a few lines.
-      for (int64_t r0 = 0; r0 < rows; r0 += 16) {
-        for (int64_t c0 = 0; c0 < count; c0 += 16) {
-          const int64_t r1 = std::min(rows, r0 + 16), c1 = std::min(count, c0 + 16);
-          for (int64_t r = r0; r < r1; ++r) {
-            for (int64_t c = c0; c < c1; ++c) {
-              transposed[c * depth + r] = gradient[r * classes + first + c];
-            }
-          }
-        }
-      }
-      tile_gemm<C>(count, features, rows, transposed.data(), depth, b, out + first * features,
-                   features, true);
-    }
-    release_tiles();
-  });
 }
 
 // What a call wants of the rows, and where it puts it.
@@ -98,140 +56,208 @@ struct Job {
   const RowGradients<A>* upstream = nullptr;  // null if no gradient is wanted
 };
 
-// Statistics, loss and gradient of the rows of a chunk of logits (R x V), in place.
-template <Target kind, typename T, typename G>
-void chunk_rows(const Job<T>& job, G* logits, const std::vector<int64_t>& kept, int64_t first,
-                int64_t count) {
-  using A = accumulate_t<T>;
-  const int64_t classes = job.options.classes;
-  at::parallel_for(
-      0, count, std::max<int64_t>(1, 32768 / std::max<int64_t>(classes, 1)),
-      [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t row = kept.empty() ? first + i : kept[first + i];
-          const int64_t label = job.labels ? job.labels[row] : -1;
-          G* z = logits + i * classes;
-          Probabilities<G> target;
-          if constexpr (kind == Target::kSoft) {
-            // Only read. Where the GEMM's type is not T, narrow probabilities were made wide.
-            if constexpr (std::is_same_v<T, G>) {
-              if (job.narrow) target.narrow = const_cast<T*>(job.narrow + row * classes);
-            }
-            if (job.wide) target.wide = const_cast<A*>(job.wide + row * classes);
-          }
-          const RowStats<A> stats = row_stats<kind>(job.options, z, target);
-          if (job.losses) {
-            const A logit = label >= 0 ? capped(job.options, static_cast<A>(z[label])) : A(0);
-            job.losses[row] = row_loss(job.options, stats, label, logit);
-            job.lse[row] = stats.lse();
-          }
-          if (job.upstream) {
-            const RowGradient<A> gradient = row_gradient(
-                job.options, stats, label, job.upstream->of_loss(row), job.upstream->of_lse(row));
-            block_gradient<kind>(job.options, gradient, z, z, 0, classes, target,
-                                 Probabilities<G>{});
-          }
-        }
-      });
-}
-
-// X, W and b as the GEMMs take them, and the gradients.
+// X, W and b, and the gradients.
 struct Linear {
-  at::Tensor x, w, b;
+  at::Tensor x, w, b;                 // b in the accumulation type
   at::Tensor grad_x, grad_w, grad_b;  // undefined where not wanted; grad_b accumulates
 };
 
-// T is the input's dtype, G the one its GEMMs run in.
-template <typename T, typename G>
+// A chunk of rows: X and the logits (later their gradient) as rows of the GEMMs' type, each row
+// padded with zeros to pad_k and apart from the next by a line more, so that no stride is a power
+// of two.
+template <typename C>
+struct Chunk {
+  int64_t features, classes, ld_x, ld_z;
+  Buffer<C> x, z, x_panels;
+
+  Chunk(int64_t rows, int64_t features, int64_t classes)
+      : features(features),
+        classes(classes),
+        ld_x(pad_k<C>(features) + 64 / sizeof(C)),
+        ld_z(pad_k<C>(classes) + 64 / sizeof(C)),
+        x(rows * ld_x),
+        z(rows * ld_z) {}
+};
+
+// Statistics, loss and gradient of the rows of a chunk, in place.
+template <Target kind, typename T, typename C, typename F>
+void chunk_rows(const Job<T>& job, const Chunk<C>& chunk, int64_t rows, const F& index) {
+  using A = accumulate_t<T>;
+  const int64_t classes = chunk.classes;
+  parallel_ranges(rows, classes * 16, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t row = index(r);
+      const int64_t label = job.labels ? job.labels[row] : -1;
+      C* z = chunk.z.get() + r * chunk.ld_z;
+      Probabilities<C> target;
+      if constexpr (kind == Target::kSoft) {
+        // Only read. Where the GEMMs' type is not T, narrow probabilities were made wide.
+        if constexpr (std::is_same_v<T, C>) {
+          if (job.narrow) target.narrow = const_cast<T*>(job.narrow + row * classes);
+        }
+        if (job.wide) target.wide = const_cast<A*>(job.wide + row * classes);
+      }
+      const RowStats<A> stats = row_stats<kind>(job.options, z, target);
+      if (job.losses) {
+        const A logit = label >= 0 ? capped(job.options, static_cast<A>(z[label])) : A(0);
+        job.losses[row] = row_loss(job.options, stats, label, logit);
+        job.lse[row] = stats.lse();
+      }
+      if (!job.upstream) continue;
+      const RowGradient<A> gradient = row_gradient(
+          job.options, stats, label, job.upstream->of_loss(row), job.upstream->of_lse(row));
+      block_gradient<kind>(job.options, gradient, z, z, 0, classes, target, Probabilities<C>{});
+      std::fill(z + classes, z + chunk.ld_z, C(0));
+    }
+  });
+}
+
+// db: sums[v] += the column sums of the chunk, in order of the rows.
+template <typename C, typename A>
+void add_columns(const Chunk<C>& chunk, int64_t rows, A* sums) {
+  const int64_t tasks = ceil_div(chunk.classes, kTileCols);
+  parallel_ranges(tasks, rows * kTileCols, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t v0 = task * kTileCols, cols = std::min(kTileCols, chunk.classes - v0);
+      for (int64_t r = 0; r < rows; ++r) {
+        add_row(sums + v0, chunk.z.get() + r * chunk.ld_z + v0, cols);
+      }
+    }
+  });
+}
+
+// logits = X W^T + b
+template <typename T, typename C>
+void chunk_logits(const Chunk<C>& chunk, const Linear& linear, int64_t rows) {
+  using A = accumulate_t<T>;
+  const T* w = linear.w.const_data_ptr<T>();
+  const A* bias = linear.b.defined() ? linear.b.const_data_ptr<A>() : nullptr;
+  const int64_t stride_v = linear.w.stride(0), stride_k = linear.w.stride(1);
+  const int64_t depth = chunk.features;
+  const int64_t tasks = ceil_div(chunk.classes, kTileCols);
+  parallel_ranges(tasks, rows * kTileCols * depth, [&](int64_t begin, int64_t end) {
+    const Buffer<C> panels(packed_size<C>(depth, kTileCols));
+    const Buffer<A> tile(kTileRows * kTileCols);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t v0 = task * kTileCols, cols = std::min(kTileCols, chunk.classes - v0);
+      pack_b<T, C>(w + v0 * stride_v, stride_k, stride_v, depth, cols, panels.get());
+      for (int64_t r0 = 0; r0 < rows; r0 += kTileRows) {
+        const int64_t count = std::min(kTileRows, rows - r0);
+        tile_gemm<C>(count, cols, depth, chunk.x.get() + r0 * chunk.ld_x, chunk.ld_x, panels.get(),
+                     tile.get(), kTileCols, false);
+        for (int64_t r = 0; r < count; ++r) {
+          A* line = tile.get() + r * kTileCols;
+          if (bias) add_row(line, bias + v0, cols);
+          store_row(chunk.z.get() + (r0 + r) * chunk.ld_z + v0, line, cols);
+        }
+      }
+    }
+  });
+}
+
+// The rows' dX = dlogits W, row r of the chunk going to row index(r) of grad_x.
+template <typename T, typename C, typename F>
+void chunk_grad_x(const Chunk<C>& chunk, const Linear& linear, int64_t rows, const F& index) {
+  using A = accumulate_t<T>;
+  const T* w = linear.w.const_data_ptr<T>();
+  T* grad_x = linear.grad_x.mutable_data_ptr<T>();
+  const int64_t stride_v = linear.w.stride(0), stride_k = linear.w.stride(1);
+  const int64_t classes = chunk.classes, features = chunk.features;
+  const int64_t col_blocks = ceil_div(features, kTileCols);
+  const int64_t tasks = ceil_div(rows, kTileRows) * col_blocks;
+  parallel_ranges(tasks, kTileRows * kTileCols * classes, [&](int64_t begin, int64_t end) {
+    const Buffer<C> panels(packed_size<C>(kTileDeep, kTileCols));
+    const Buffer<A> tile(kTileRows * kTileCols);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t r0 = task / col_blocks * kTileRows, count = std::min(kTileRows, rows - r0);
+      const int64_t k0 = task % col_blocks * kTileCols;
+      const int64_t cols = std::min(kTileCols, features - k0);
+      for (int64_t v = 0; v < classes; v += kTileDeep) {
+        const int64_t depth = std::min(kTileDeep, classes - v);
+        pack_b<T, C>(w + v * stride_v + k0 * stride_k, stride_v, stride_k, depth, cols,
+                     panels.get());
+        tile_gemm<C>(count, cols, depth, chunk.z.get() + r0 * chunk.ld_z + v, chunk.ld_z,
+                     panels.get(), tile.get(), kTileCols, v > 0);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        store_row(grad_x + index(r0 + r) * features + k0, tile.get() + r * kTileCols, cols);
+      }
+    }
+  });
+}
+
+// dW = (dW +) dlogits^T X; into grad_w where that is done in one go, else into `wide`.
+template <typename T, typename C>
+void chunk_grad_w(const Chunk<C>& chunk, const Linear& linear, accumulate_t<T>* wide, int64_t rows,
+                  bool accumulate) {
+  using A = accumulate_t<T>;
+  const int64_t features = chunk.features, depth = pad_k<C>(rows);
+  const Buffer<C> panels(packed_size<C>(rows, features));
+  parallel_ranges(ceil_div(features, kPanel), rows * kPanel, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      pack_panel<C, C>(chunk.x.get(), chunk.ld_x, 1, rows, features, panel, panels.get());
+    }
+  });
+  const int64_t tasks = ceil_div(chunk.classes, kTileClasses);
+  parallel_ranges(tasks, rows * kTileClasses * features, [&](int64_t begin, int64_t end) {
+    const int64_t ld = depth + 64 / sizeof(C);
+    const Buffer<C> transposed(kTileClasses * ld);
+    const Buffer<A> tile(wide ? 0 : kTileClasses * features);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t v0 = task * kTileClasses, count = std::min(kTileClasses, chunk.classes - v0);
+      transpose(chunk.z.get() + v0, chunk.ld_z, transposed.get(), ld, rows, count);
+      for (int64_t v = 0; v < count && depth > rows; ++v) transposed.get()[v * ld + rows] = C(0);
+      A* out = wide ? wide + v0 * features : tile.get();
+      tile_gemm<C>(count, features, rows, transposed.get(), ld, panels.get(), out, features,
+                   accumulate);
+      if (!wide)
+        store_row(linear.grad_w.mutable_data_ptr<T>() + v0 * features, out, count * features);
+    }
+  });
+}
+
+// T is the input's dtype, C the one its tiles are multiplied in.
+template <typename T, typename C>
 void run(const Job<T>& job, Linear& linear, const std::vector<int64_t>& kept, bool all_kept,
          int64_t workspace_bytes) {
+  using A = accumulate_t<T>;
   const int64_t features = linear.x.size(1), classes = linear.w.size(0);
   const int64_t rows = all_kept ? linear.x.size(0) : static_cast<int64_t>(kept.size());
-  const auto gemm_dtype = c10::CppTypeToScalarType<G>::value;
-  constexpr bool converts = !std::is_same_v<T, G>;
-  const auto options = linear.x.options().dtype(gemm_dtype);
-  const int64_t step = rows_per_chunk(rows, classes, sizeof(G), workspace_bytes);
-  const int64_t slice = converts ? std::min(kSlice, classes) : classes;
-  const bool one_chunk = step >= rows;
-  const at::Tensor workspace = empty_tensor({rows ? step : 0, classes}, options);
+  const int64_t step = rows_per_chunk(rows, classes, sizeof(C), workspace_bytes);
   if (!all_kept && linear.grad_x.defined()) linear.grad_x.zero_();
-
-  // dW in its own dtype if one GEMM makes it whole, else in the accumulation type.
-  at::Tensor dw;
+  // Over several chunks dW adds up in the accumulation type.
+  at::Tensor wide;
   if (linear.grad_w.defined()) {
-    const bool direct = !converts && (one_chunk || !std::is_same_v<T, at::BFloat16>);
-    dw = direct ? linear.grad_w
-                : empty_tensor(linear.grad_w.sizes(), options.dtype(kAccumulate<accumulate_t<T>>));
-    if (rows == 0 || (!direct && !converts)) dw.zero_();
+    if (std::is_same_v<T, A>) {
+      wide = linear.grad_w;
+    } else if (step < rows) {
+      wide = empty_tensor(linear.grad_w.sizes(), linear.grad_w.options().dtype(kAccumulate<A>));
+    }
+    if (rows == 0) linear.grad_w.zero_();
   }
-  const auto w_slice = [&](int64_t v, int64_t n) {
-    const at::Tensor part = linear.w.narrow(0, v, n);
-    return converts ? part.to(gemm_dtype) : part;
-  };
-
+  const Chunk<C> chunk(rows ? step : 0, features, classes);
+  const T* x = linear.x.const_data_ptr<T>();
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t count = std::min(step, rows - first);
-    at::Tensor x, index;
-    if (all_kept) {
-      x = linear.x.narrow(0, first, count);
-    } else {
-      index = at::from_blob(const_cast<int64_t*>(kept.data()) + first, {count}, at::kLong);
-      x = linear.x.index_select(0, index);
-    }
-    if (converts) x = x.to(gemm_dtype);
-
-    at::Tensor logits = workspace.narrow(0, 0, count);
-    for (int64_t v = 0; v < classes; v += slice) {
-      const int64_t n = std::min(slice, classes - v);
-      at::Tensor part = logits.narrow(1, v, n);
-      const at::Tensor w = w_slice(v, n).t();
-      if (linear.b.defined()) {
-        at::addmm_out(part, linear.b.narrow(0, v, n), x, w);
-      } else {
-        at::mm_out(part, x, w);
+    const auto index = [&](int64_t r) { return all_kept ? first + r : kept[first + r]; };
+    parallel_ranges(count, features, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        C* row = chunk.x.get() + r * chunk.ld_x;
+        convert_row(x + index(r) * linear.x.stride(0), 1, features, row);
+        std::fill(row + features, row + chunk.ld_x, C(0));
       }
-    }
-
-    visit_kind(job.options.kind, [&](auto kind) {
-      chunk_rows<kind.value, T, G>(job, logits.mutable_data_ptr<G>(), kept, first, count);
     });
-
-    if (linear.grad_b.defined())
-      linear.grad_b.add_(at::sum(logits, {0}, false, linear.grad_b.scalar_type()));
-    if (linear.grad_x.defined()) {
-      const bool direct = all_kept && !converts;
-      at::Tensor dx =
-          direct ? linear.grad_x.narrow(0, first, count) : at::empty({count, features}, options);
-      for (int64_t v = 0; v < classes; v += slice) {
-        const int64_t n = std::min(slice, classes - v);
-        const at::Tensor part = logits.narrow(1, v, n);
-        if (v == 0) {
-          at::mm_out(dx, part, w_slice(v, n));
-        } else {
-          dx.addmm_(part, w_slice(v, n));
-        }
-      }
-      if (!all_kept) {
-        linear.grad_x.index_copy_(0, index, dx.to(linear.grad_x.scalar_type()));
-      } else if (!direct) {
-        linear.grad_x.narrow(0, first, count).copy_(dx);
-      }
-    }
-    if (dw.defined()) {
-      if constexpr (std::is_same_v<G, at::BFloat16>) {
-        if (!one_chunk) {
-          add_weight_gradient<G>(logits, x.contiguous(), dw);
-          continue;
-        }
-      }
-      if (first == 0) {
-        at::mm_out(dw, logits.t(), x);
-      } else {
-        dw.addmm_(logits.t(), x);
-      }
+    chunk_logits<T, C>(chunk, linear, count);
+    visit_kind(job.options.kind,
+               [&](auto kind) { chunk_rows<kind.value, T, C>(job, chunk, count, index); });
+    if (linear.grad_b.defined()) add_columns(chunk, count, linear.grad_b.mutable_data_ptr<A>());
+    if (linear.grad_x.defined()) chunk_grad_x<T, C>(chunk, linear, count, index);
+    if (linear.grad_w.defined()) {
+      chunk_grad_w<T, C>(chunk, linear, wide.defined() ? wide.mutable_data_ptr<A>() : nullptr,
+                         count, first > 0);
     }
   }
-  if (dw.defined() && !dw.is_same(linear.grad_w)) linear.grad_w.copy_(dw);
+  if (rows && wide.defined() && !wide.is_same(linear.grad_w)) linear.grad_w.copy_(wide);
 }
 
 struct Result {
@@ -315,11 +341,11 @@ Result run_typed(const char* op, const at::Tensor& grad_loss,
     job.upstream = &*upstream;
   }
 
-  const auto launch = [&](auto gemm_type) {
-    using G = decltype(gemm_type);
-    if (linear_bias.has_value()) linear.b = linear_bias->to(c10::CppTypeToScalarType<G>::value);
+  if (linear_bias.has_value()) linear.b = linear_bias->to(kAccumulate<A>).contiguous();
+  const auto launch = [&](auto tile_type) {
+    using C = decltype(tile_type);
     if (job.options.kind == Target::kSoft) {
-      const bool narrow = std::is_same_v<T, G> && target.scalar_type() == input.scalar_type();
+      const bool narrow = std::is_same_v<T, C> && target.scalar_type() == input.scalar_type();
       target_holder = (narrow ? target : target.to(kAccumulate<A>)).contiguous();
       if (narrow) {
         job.narrow = target_holder.template const_data_ptr<T>();
@@ -327,7 +353,7 @@ Result run_typed(const char* op, const at::Tensor& grad_loss,
         job.wide = target_holder.template const_data_ptr<A>();
       }
     }
-    run<T, G>(job, linear, kept, all_kept, workspace_bytes);
+    run<T, C>(job, linear, kept, all_kept, workspace_bytes);
   };
   visit_tile_type<T>(launch);
 
