@@ -24,7 +24,7 @@ DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
 }  # fmt: skip
 SEED = 20240
-LOSES_BELOW = 0.95
+LOSES_BELOW = 0.97
 
 
 @dataclass(frozen=True)

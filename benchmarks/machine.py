@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -58,6 +59,9 @@ def describe(device: torch.device) -> dict:
         "cpu": cpu,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cpu_flags": flags,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -70,10 +74,22 @@ def describe(device: torch.device) -> dict:
     return machine
 
 
+def restriction(machine: dict) -> str:
+    """How a run on the CPU was held back, if it was: fewer threads than cores, or an older ISA."""
+    if machine["device"] != "cpu":
+        return ""
+    held = []
+    if machine["threads"] < machine["cores"]:
+        held.append(f"{machine['threads']} thread" + "s" * (machine["threads"] > 1))
+    if "avx512f" in machine["cpu_flags"] and not machine["isa"].startswith("AVX512"):
+        held.append(machine["isa"])
+    return ", ".join(held)
+
+
 def slug(machine: dict) -> str:
-    """`<device>-<date>`, the name of a results file."""
-    device = re.sub(r"[^a-z0-9]+", "-", f"{machine['device']} {machine['name']}".lower())
-    return f"{device.strip('-')}-{machine['date'][:10]}"
+    """`<device>[-<restriction>]-<date>`, the name of a results file."""
+    words = f"{machine['device']} {machine['name']} {restriction(machine)}"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + f"-{machine['date'][:10]}"
 
 
 def _best_seconds(step, clock: common.Clock, repeats: int, budget_s: float) -> float:

@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks import machine
 from fastnn import _ops
 from fastnn.info import FEATURES
 from tritonops import refusal
@@ -38,7 +39,7 @@ def support() -> str:
     return "\n".join(lines)
 
 
-def _row(row: dict) -> str:
+def _row(row: dict, beside: list[dict]) -> str:
     eager, ours = row["providers"]["eager"], row["providers"][row["ours"]]
     low, high = ours["ratio_p20"], ours["ratio_p80"]
     memory = ""
@@ -46,28 +47,50 @@ def _row(row: dict) -> str:
         memory = f"{eager['extra_bytes'] / 1e6:.0f} / {ours['extra_bytes'] / 1e6:.0f}"
     mark = " **loses**" if row["loses"] else ""
     reason = f" ({row['reason']})" if row["loses"] and row["reason"] else ""
-    times = f"{eager['seconds'] * 1e3:.3g} | {ours['seconds'] * 1e3:.3g}"
-    ratio = f"{ours['ratio']:.2f} ({low:.2f} to {high:.2f}){mark}{reason}"
-    return f"| {row['label']} | {times} | {ratio} | {memory} |"
+    compiled = row["providers"].get("compile")
+    ratios = [f"{compiled['ratio']:.2f}" if compiled else ""]
+    for results in beside:
+        same = [r for r in results["rows"] if r["label"] == row["label"] and r["ours"]]
+        ratios.append(f"{same[0]['providers'][same[0]['ours']]['ratio']:.2f}" if same else "")
+    cells = [
+        row["label"], f"{eager['seconds'] * 1e3:.3g}", f"{ours['seconds'] * 1e3:.3g}",
+        f"{ours['ratio']:.2f} ({low:.2f} to {high:.2f}){mark}{reason}",
+        f"{ours['floor_percent']:.0f}", *ratios, memory,
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _newest() -> dict[str, dict[str, tuple[Path, dict]]]:
+    """machine -> restriction ("" is none) -> the newest run's file and results."""
+    newest: dict = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        results = json.loads(path.read_text())
+        described = results["machine"]
+        newest.setdefault(described["name"], {})[machine.restriction(described)] = path, results
+    return newest
 
 
 def measured() -> str:
-    newest = {}
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        newest[re.sub(r"-\d{4}-\d{2}-\d{2}$", "", path.stem)] = path
     parts = []
-    for path in newest.values():
-        results = json.loads(path.read_text())
-        machine = results["machine"]
+    for runs in _newest().values():
+        path, results = runs[""]
+        beside = {held: run for held, (_, run) in runs.items() if held}
+        described = results["machine"]
+        heads = ["case", "eager ms", "fastnn ms", "times faster", "% of the floor", "torch.compile"]
+        heads += [*beside, "extra memory MB, eager / fastnn"]
+        also = "".join(
+            f"; {held}: `{runs[held][0].relative_to(ROOT)}`" for held in beside
+        )  # fmt: skip
         parts.append(
-            f"{machine['name']} ({machine['isa']}), {machine['threads']} threads, torch"
-            f" {machine['torch']}, {machine['date'][:10]} (`{path.relative_to(ROOT)}`). Times are"
-            " medians of interleaved rounds; the ratio is eager's time over ours within a round,"
-            " with the middle 60 % of the rounds.\n\n"
-            "| case | eager ms | fastnn ms | times faster | extra memory MB, eager / fastnn |\n"
-            "|---|---|---|---|---|\n"
-            + "\n".join(_row(row) for row in results["rows"] if row["ours"])
-        )
+            f"{described['name']} ({described['isa']}), {described['threads']} threads, torch"
+            f" {described['torch']}, {described['date'][:10]} (`{path.relative_to(ROOT)}`{also})."
+            " Times are medians of interleaved rounds; the ratio is eager's time over ours within"
+            " a round, with the middle 60 % of the rounds; the floor is the bytes at the copy rate"
+            " or the FLOPs at torch's GEMM rate. The torch.compile column is its own ratio to"
+            " eager" + ("; the ones after it are ours, so held back." if beside else ".") + "\n\n"
+            + "| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|\n"
+            + "\n".join(_row(row, list(beside.values())) for row in results["rows"] if row["ours"])
+        )  # fmt: skip
     return "\n\n".join(parts) or "No run has been recorded yet."
 
 

@@ -28,6 +28,7 @@ TITLES = {
     "cross_entropy": "Cross-entropy",
     "linear_cross_entropy": "Linear + cross-entropy",
     "attention": "Scaled dot-product attention",
+    "encoder_layer": "A Transformer encoder layer, a whole training step",
 }
 OURS, EAGER, LOSS = "#2f7fd6", "#9097a1", "#d64545"
 DTYPE_COLOURS = {"fp32": "#2f7fd6", "bf16": "#d9822b", "fp16": "#3a9d6a", "fp64": "#8e5bc0"}

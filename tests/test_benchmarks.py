@@ -149,9 +149,13 @@ def test_machine_rates_and_description():
     assert machine.gemm_rate("fp32", CPU, clock, size=64) > 1e6
     described = machine.describe(CPU)
     assert described["torch"] == torch.__version__ and described["threads"] >= 1
-    assert machine.slug(described | {"name": "A (B) C", "date": "2026-01-02 03:04 UTC"}) == (
-        "cpu-a-b-c-2026-01-02"
-    )
+    known = described | {
+        "name": "A (B) C", "date": "2026-01-02 03:04 UTC", "cores": 4, "threads": 4,
+        "isa": "AVX512", "cpu_flags": ["avx512f"],
+    }  # fmt: skip
+    assert machine.slug(known) == "cpu-a-b-c-2026-01-02"
+    assert machine.slug(known | {"threads": 1}) == "cpu-a-b-c-1-thread-2026-01-02"
+    assert machine.slug(known | {"isa": "AVX2"}) == "cpu-a-b-c-avx2-2026-01-02"
 
 
 def test_command_writes_json_and_a_summary(tmp_path, monkeypatch, capsys):
