@@ -163,6 +163,8 @@ inline RowStats<A> block_stats_of(const LossOptions<A>& options, const S* row, i
   Vec sum(A(0)), dot(A(0)), mass(A(0));
   const auto accumulate = [&](int64_t at, int64_t width) __attribute__((always_inline)) {
     const bool partial = width < kLane;
+    // The next block comes from memory while this one is computed.
+    __builtin_prefetch(row + at + kBlock);
     const Vec v = load_vec(row + at, width) - reference;
     const Vec e = exp_below(v);
     sum = sum + (partial ? Vec::set(Vec(A(0)), e, width) : e);
