@@ -99,9 +99,10 @@ def ninja_file(torch, build_dir, output):
     ]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     common = f"-std=c++20 -O3 -fopenmp -fPIC -fvisibility=hidden -DNDEBUG {abi}"
+    # gcc 12 finds its own AVX-512 intrinsics uninitialized.
     warnings = (
-        "-Wall -Wno-sign-compare -Wno-unknown-pragmas -Wno-psabi -Wno-maybe-uninitialized",
-        "-Wno-uninitialized",
+        "-Wall -Wno-sign-compare -Wno-unknown-pragmas -Wno-psabi"
+        " -Wno-uninitialized -Wno-maybe-uninitialized"
     )
     libraries = ["c10", "torch_cpu", "torch", "torch_python"]
     link_flags = [f"-L{path}" for path in cpp_extension.library_paths()]
