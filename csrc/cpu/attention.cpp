@@ -8,8 +8,8 @@
 //   Memory: the packed K and V in flight plus one tile per thread, linear in the sequence.
 //   Numerics: scores, m, l and O in float (double for double); P is rounded to the type of the
 //   GEMM.
-#include "attention.h"
-
+#include "attention_pack.h"
+#include "attention_tile.h"
 #include "registry.h"
 
 namespace fastnn {
@@ -52,32 +52,49 @@ namespace {
 // Decoding: up to this many query rows per kv head, K and V are read once and in place.
 constexpr int64_t kFewRows = 8;
 
-// One row's step of the online softmax: scores s (times factor) become probabilities relative to
-// the new maximum, with dropout's `keep` (or null) applied. Returns what earlier sums are to be
-// multiplied by.
+template <typename A>
+A sum_of(const Vectorized<A>& v) {
+  return at::vec::vec_reduce_all<A>([](Vectorized<A> x, Vectorized<A> y) { return x + y; }, v);
+}
+
+// One row's step of the online softmax: the scores s (times factor) of the panels `seen`, which lie
+// `stride` apart, become probabilities relative to the new maximum, side by side in `probs`, those
+// without a bit in `keep` (or null) 0. Returns what earlier sums are to be multiplied by.
 template <typename A, typename C>
-A softmax_step(A* s, int64_t width, A factor, A& m, A& l, const A* keep, C* probs) {
+A softmax_step(const A* s, int64_t stride, const Range& seen, A factor, A& m, A& l,
+               const uint64_t* keep, C* probs) {
   using Vec = Vectorized<A>;
   constexpr int64_t kLane = Vec::size();
-  Vec largest(-kInfinity<A>);
-  for (int64_t c = 0; c < width; c += kLane) {
-    // clamp_min is one instruction; a NaN that it loses comes back through the sum.
-    largest = at::vec::clamp_min(Vec::loadu(s + c), largest);
+  Vec largest[2] = {Vec(-kInfinity<A>), Vec(-kInfinity<A>)};
+  for (int64_t panel = seen.begin; panel < seen.end; ++panel) {
+    for (int64_t c = 0; c < kPanel; c += 2 * kLane) {
+      for (int i = 0; i < 2; ++i) {
+        // clamp_min is one instruction; a NaN that it loses comes back through the sum.
+        largest[i] = at::vec::clamp_min(Vec::loadu(s + panel * stride + c + i * kLane), largest[i]);
+      }
+    }
   }
-  const A row = factor * at::vec::vec_reduce_all<A>(
-                             [](Vec x, Vec y) { return at::vec::maximum(x, y); }, largest);
+  const A row =
+      factor * at::vec::vec_reduce_all<A>([](Vec x, Vec y) { return at::vec::maximum(x, y); },
+                                          at::vec::maximum(largest[0], largest[1]));
   const A next = row > m || row != row ? row : m;
   const A base = next == -kInfinity<A> ? A(0) : next;
   const Vec shift(-base), scale(factor);
   Vec sum(A(0));
-  for (int64_t c = 0; c < width; c += kLane) {
-    Vec value = exp_below(at::vec::fmadd(Vec::loadu(s + c), scale, shift));
-    sum = sum + value;
-    if (keep) value = value * Vec::loadu(keep + c);
-    store_vec<C>(probs + c, value);
+  for (int64_t panel = seen.begin; panel < seen.end; ++panel) {
+    for (int64_t c = 0; c < kPanel; c += 2 * kLane) {
+      Vec value[2];
+      for (int i = 0; i < 2; ++i) {
+        const Vec x = Vec::loadu(s + panel * stride + c + i * kLane);
+        value[i] = exp_below(at::vec::fmadd(x, scale, shift));
+        sum = sum + value[i];
+        if (keep) value[i] = keep_lanes(value[i], keep[panel] >> (c + i * kLane));
+      }
+      store_two<C>(probs + panel * kPanel + c, value[0], value[1]);
+    }
   }
-  const A alpha = std::exp(m - base);
-  l = l * alpha + at::vec::vec_reduce_all<A>([](Vec x, Vec y) { return x + y; }, sum);
+  const A alpha = next == m ? A(1) : std::exp(m - base);
+  l = l * alpha + sum_of(sum);
   m = next;
   return alpha;
 }
@@ -95,7 +112,9 @@ struct Output {
     const int64_t row = p.row_index(b, h, q);
     const bool empty = l == A(0) || m == -kInfinity<A>;
     const bool nan = l != l;
-    const Vec inverse(empty && !nan ? A(0) : A(1) / l);
+    // The scale of what dropout kept
+    const A kept = p.dropout ? static_cast<A>(p.rate.scale) : A(1);
+    const Vec inverse(empty && !nan ? A(0) : kept / l);
     for (int64_t d = 0; d < p.value_dim; d += Vec::size()) {
       store_vec<T>(out + row * p.value_dim + d, Vec::loadu(o + d) * inverse, p.value_dim - d);
     }
@@ -112,19 +131,18 @@ class Forward {
   Forward(const Problem<T>& p, const Output<T>& output)
       : p_(p),
         output_(output),
+        scores_(p),
         depth_(pad_k<C>(p.dim)),
         width_(round_up(p.value_dim, Vec::size())),
         q_(kQueryBlock * depth_),
-        s_(kQueryBlock * p.key_block),
+        s_(p.key_block),
         probs_(kQueryBlock * p.key_block),
         o_(kQueryBlock * width_),
         m_(kQueryBlock),
-        l_(kQueryBlock),
-        bias_(p.key_block),
-        keep_(p.key_block) {}
+        l_(kQueryBlock) {}
 
-  void run(int64_t b, int64_t h, int64_t i, const Keys<T, C>& keys, int64_t slot) const {
-    const int64_t rows = p_.rows_of(i), ld = p_.key_block;
+  void run(int64_t b, int64_t h, int64_t i, const Keys<T, C>& keys, int64_t slot) {
+    const int64_t rows = p_.rows_of(i);
     load_rows<T, C>(p_.query.at(b, h, i * kQueryBlock), p_.query.row, p_.query.col, rows, p_.dim,
                     q_.get(), depth_);
     std::fill_n(o_.get(), rows * width_, A(0));
@@ -132,35 +150,12 @@ class Forward {
     std::fill_n(m_.get(), rows, p_.sinks ? p_.sinks[b * p_.heads + h] : -kInfinity<A>);
     std::fill_n(l_.get(), rows, p_.sinks ? A(1) : A(0));
     for (int64_t j = p_.first_block(i); j < p_.last_block(i); ++j) {
-      const Tile tile = tile_at(p_, b, h, i, j);
+      if (!scores_.move_to(b, h, i, j)) continue;
       const int64_t at = slot * p_.key_blocks + j;
-      tile_gemm<C>(rows, tile.cols, p_.dim, q_.get(), depth_, keys.k.get() + at * keys.size_k,
-                   s_.get(), ld, false);
-      finish_scores<T>(p_, tile, s_.get(), ld, bias_.get(), nullptr);
-      for (int64_t r = 0; r < rows; ++r) {
-        if (p_.dropout) {
-          dropout_row(p_.philox, p_.rate, p_.row_index(b, h, tile.q0 + r), p_.keys, tile.k0,
-                      round_up(tile.cols, kRowPad), keep_.get());
-        }
-        const A alpha = softmax_step<A, C>(
-            s_.get() + r * ld, round_up(tile.cols, kRowPad), p_.factor(), m_.get()[r], l_.get()[r],
-            p_.dropout ? keep_.get() : nullptr, probs_.get() + r * ld);
-        if (alpha != A(1)) {
-          A* o = o_.get() + r * width_;
-          for (int64_t d = 0; d < width_; d += Vec::size()) {
-            (Vec::loadu(o + d) * Vec(alpha)).store(o + d);
-          }
-        }
-      }
-      if (keys.v_finite.get()[at]) {
-        gemm_first_rows<C>(rows, p_.value_dim, tile.cols, probs_.get(), ld,
-                           keys.v.get() + at * keys.size_v, p_.cols_of(j), o_.get(), width_);
-      } else {
-        const int64_t kv = h / p_.group;
-        accumulate_visible(rows, p_.value_dim, tile.cols, probs_.get(), ld, 1,
-                           p_.value.at(b, kv, tile.k0), p_.value.row, p_.value.col, o_.get(),
-                           width_, 1);
-      }
+      tile_products<C>(scores_.tile(), p_.dim, q_.get(), depth_, keys.k.get() + at * keys.size_k,
+                       s_.get());
+      for (int64_t r = 0; r < rows; ++r) step(r);
+      add_values(keys, at);
     }
     for (int64_t r = 0; r < rows; ++r) {
       output_.write(b, h, i * kQueryBlock + r, o_.get() + r * width_, m_.get()[r], l_.get()[r]);
@@ -168,13 +163,49 @@ class Forward {
   }
 
  private:
+  // Row r's probabilities of the tile, and its sums so far on their new base.
+  void step(int64_t r) {
+    const Tile& t = scores_.tile();
+    const Range& seen = t.of_group[r / kGroup];
+    if (seen.empty()) return;
+    constexpr int64_t kStride = tile_offset(1, 0);
+    A* s = s_.get() + tile_offset(0, r);
+    scores_.finish_row(r, seen, s, kStride, nullptr);
+    uint64_t keep[kKeepWords];
+    if (p_.dropout) draw_keep(p_, t, r, seen, keep);
+    const A alpha =
+        softmax_step<A, C>(s, kStride, seen, p_.factor(), m_.get()[r], l_.get()[r],
+                           p_.dropout ? keep : nullptr, probs_.get() + r * p_.key_block);
+    if (alpha == A(1)) return;
+    A* o = o_.get() + r * width_;
+    for (int64_t d = 0; d < width_; d += Vec::size()) {
+      (Vec::loadu(o + d) * Vec(alpha)).store(o + d);
+    }
+  }
+
+  void add_values(const Keys<T, C>& keys, int64_t at) const {
+    const Tile& t = scores_.tile();
+    if (keys.v_finite.get()[at]) {
+      return add_rows<C>(t, p_.value_dim, probs_.get(), p_.key_block,
+                         keys.v.get() + at * keys.size_v, o_.get(), width_);
+    }
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const Range& seen = t.of_group[r / kGroup];
+      const int64_t key = seen.begin * kPanel, count = std::min(seen.end * kPanel, t.cols) - key;
+      accumulate_visible(1, p_.value_dim, count, probs_.get() + r * p_.key_block + key, 0, 1,
+                         p_.value.at(t.b, t.h / p_.group, t.k0 + key), p_.value.row, p_.value.col,
+                         o_.get() + r * width_, 0, 1);
+    }
+  }
+
   const Problem<T>& p_;
   const Output<T>& output_;
+  Scores<T> scores_;
   int64_t depth_, width_;
   Buffer<C> q_;
-  Buffer<A> s_;
-  Buffer<C> probs_;
-  Buffer<A> o_, m_, l_, bias_, keep_;
+  TileBuffer<A> s_;
+  Buffer<C> probs_;  // row by row
+  Buffer<A> o_, m_, l_;
 };
 
 // All query rows of one kv head against keys and values that are read where they lie.
@@ -192,15 +223,14 @@ class FewRows {
   FewRows(const Problem<T>& p, const Output<T>& output)
       : p_(p),
         output_(output),
+        scores_(p),
         depth_(round_up(p.dim, kLane)),
         width_(round_up(p.value_dim, kLane)),
         q_(kFewRows * depth_),
         s_(kFewRows * p.key_block),
-        o_(kFewRows * width_),
-        bias_(p.key_block),
-        keep_(p.key_block) {}
+        o_(kFewRows * width_) {}
 
-  void run(int64_t b, int64_t kv) const {
+  void run(int64_t b, int64_t kv) {
     const int64_t rows = p_.group * p_.queries, ld = p_.key_block;
     A m[kFewRows], l[kFewRows];
     std::fill_n(o_.get(), rows * width_, A(0));
@@ -217,18 +247,19 @@ class FewRows {
       products(p_.key.at(b, kv, k0), rows, cols);
       for (int64_t g = 0; g < p_.group; ++g) {
         const int64_t h = kv * p_.group + g, first = g * p_.queries;
-        const Tile tile{b, h, 0, p_.queries, k0, cols};
-        finish_scores<T>(p_, tile, s_.get() + first * ld, ld, bias_.get(), nullptr);
+        if (!scores_.move_to(b, h, 0, j)) continue;
+        const Tile& t = scores_.tile();
         for (int64_t q = 0; q < p_.queries; ++q) {
-          if (p_.dropout) {
-            dropout_row(p_.philox, p_.rate, p_.row_index(b, h, q), p_.keys, k0,
-                        round_up(cols, kRowPad), keep_.get());
-          }
           const int64_t r = first + q;
           A* s = s_.get() + r * ld;
-          const A alpha = softmax_step<A, A>(s, round_up(cols, kRowPad), p_.factor(), m[r], l[r],
-                                             p_.dropout ? keep_.get() : nullptr, s);
-          weigh(p_.value.at(b, kv, k0), s, cols, alpha, o_.get() + r * width_);
+          scores_.finish_row(q, t.panels, s, kPanel, nullptr);
+          uint64_t keep[kKeepWords];
+          if (p_.dropout) draw_keep(p_, t, q, t.panels, keep);
+          const A alpha = softmax_step<A, A>(s, kPanel, t.panels, p_.factor(), m[r], l[r],
+                                             p_.dropout ? keep : nullptr, s);
+          const int64_t from = t.panels.begin * kPanel;
+          weigh(p_.value.at(b, kv, k0 + from), s + from,
+                std::min(t.panels.end * kPanel, cols) - from, alpha, o_.get() + r * width_);
         }
       }
     }
@@ -299,8 +330,9 @@ class FewRows {
 
   const Problem<T>& p_;
   const Output<T>& output_;
+  Scores<T> scores_;
   int64_t depth_, width_;
-  Buffer<A> q_, s_, o_, bias_, keep_;
+  Buffer<A> q_, s_, o_;
 };
 
 template <typename T>
@@ -309,7 +341,7 @@ void forward(const Problem<T>& p, const Output<T>& output) {
   const double work = static_cast<double>(p.queries) * p.keys * (p.dim + p.value_dim) * p.group;
   if (FewRows<T>::serves(p)) {
     at::parallel_for(0, kv_heads, grain(work), [&](int64_t begin, int64_t end) {
-      const FewRows<T> task(p, output);
+      FewRows<T> task(p, output);
       for (int64_t t = begin; t < end; ++t) task.run(t / p.kv_heads, t % p.kv_heads);
     });
     return;
@@ -318,7 +350,7 @@ void forward(const Problem<T>& p, const Output<T>& output) {
     using C = decltype(tag);
     if (whole_heads(kv_heads, 1.1)) {
       at::parallel_for(0, kv_heads, grain(work), [&](int64_t begin, int64_t end) {
-        const Forward<T, C> task(p, output);
+        Forward<T, C> task(p, output);
         const Keys<T, C> keys(p, 1);
         for (int64_t t = begin; t < end; ++t) {
           const int64_t b = t / p.kv_heads, kv = t % p.kv_heads;
@@ -341,7 +373,7 @@ void forward(const Problem<T>& p, const Output<T>& output) {
     const int64_t tasks = p.batch * p.heads * p.query_blocks;
     at::parallel_for(
         0, tasks, grain(work / p.group / p.query_blocks), [&](int64_t begin, int64_t end) {
-          const Forward<T, C> task(p, output);
+          Forward<T, C> task(p, output);
           for (int64_t t = begin; t < end; ++t) {
             const int64_t head = t / p.query_blocks, b = head / p.heads, h = head % p.heads;
             task.run(b, h, balanced(t % p.query_blocks, p.query_blocks), keys,

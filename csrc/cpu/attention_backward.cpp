@@ -10,10 +10,11 @@
 //   to. Memory: packed operands in flight, linear in the sequence. dK, dV are held transposed.
 //   Numerics: gradients accumulate in float (double for double); P and dS are rounded for the
 //   GEMMs.
+#include "attention_backward.h"
+
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/zeros.h>
 
-#include "attention.h"
 #include "registry.h"
 
 namespace fastnn {
@@ -21,298 +22,14 @@ inline namespace CPU_CAPABILITY {
 namespace attention {
 namespace {
 
-// Row-major rows x cols into GEMM panels; columns up to the end of the last panel are read.
-template <typename A, typename C>
-void pack_tile(const A* src, int64_t ld, int64_t rows, int64_t cols, C* packed) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<C, at::BFloat16>) {
-    const int64_t depth = pad_k<C>(rows);
-    const auto rounded = [](const float* p) {
-      const __m512 x = _mm512_loadu_ps(p);
-      const __m512i bits = _mm512_castps_si512(x);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-      return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), up,
-                                     _mm512_set1_epi32(0x7FC00000));
-    };
-    for (int64_t r = 0; r < rows; r += 2) {
-      const float* row = src + r * ld;
-      for (int64_t c = 0; c < panels(cols) * kPanel; c += 16) {
-        const __m512i low = _mm512_srli_epi32(rounded(row + c), 16);
-        __m512i high = _mm512_setzero_si512();
-        if (r + 1 < rows) {
-          high = _mm512_and_si512(rounded(row + ld + c), _mm512_set1_epi32(0xFFFF0000));
-        }
-        _mm512_storeu_si512(packed + c / kPanel * kPanel * depth + r * kPanel + c % kPanel * 2,
-                            _mm512_or_si512(low, high));
-      }
-    }
-    return;
-  }
-#endif
-  pack_b<A, C>(src, ld, 1, rows, cols, packed);
-}
-
-template <typename T>
-struct Inputs {
-  using A = accumulate_t<T>;
-  const Problem<T>& p;
-  View<const T> grad_out;
-  const A* row_lse;  // +inf for a row that saw no key: all its P are then 0
-  const A* delta;
-  const A* grad_lse;  // or null
-  A* row_dot;         // or null: gets rowsum(P keep dP), what delta is before O is rounded
-};
-
-// The GEMM operands of key blocks: K^T and V^T for the scores and dP, K for dQ.
-template <typename T, typename C>
-struct KeySide {
-  const Problem<T>& p;
-  int64_t size_kt, size_vt, size_k;
-  Buffer<C> kt, vt, k;
-  Buffer<uint8_t> k_finite;
-
-  KeySide(const Problem<T>& p, int64_t count)
-      : p(p),
-        size_kt(packed_size<C>(p.dim, p.key_block)),
-        size_vt(packed_size<C>(p.value_dim, p.key_block)),
-        size_k(packed_size<C>(p.key_block, p.dim)),
-        kt(count * size_kt),
-        vt(count * size_vt),
-        k(count * size_k),
-        k_finite(count) {}
-
-  void pack(int64_t b, int64_t kv, int64_t j, int64_t slot) const {
-    const int64_t k0 = j * p.key_block, cols = p.cols_of(j);
-    const T* key = p.key.at(b, kv, k0);
-    pack_b<T, C>(key, p.key.col, p.key.row, p.dim, cols, kt.get() + slot * size_kt);
-    pack_b<T, C>(p.value.at(b, kv, k0), p.value.col, p.value.row, p.value_dim, cols,
-                 vt.get() + slot * size_vt);
-    C* packed = k.get() + slot * size_k;
-    pack_b<T, C>(key, p.key.row, p.key.col, cols, p.dim, packed);
-    k_finite.get()[slot] = all_finite(packed, packed_size<C>(cols, p.dim));
-  }
-};
-
-// The GEMM operands of query blocks: Q and dO, and their transposes for dK and dV.
-template <typename T, typename C>
-struct QuerySide {
-  const Inputs<T>& in;
-  int64_t block, depth, value_depth;
-  Buffer<C> q, go, qt, got;
-  Buffer<uint8_t> q_finite, go_finite;
-
-  QuerySide(const Inputs<T>& in, int64_t count)
-      : in(in),
-        block(pad_k<C>(std::min(in.p.queries, kQueryBlock))),
-        depth(pad_k<C>(in.p.dim)),
-        value_depth(pad_k<C>(in.p.value_dim)),
-        q(count * block * depth),
-        go(count * block * value_depth),
-        qt(count * block * in.p.dim),
-        got(count * block * in.p.value_dim),
-        q_finite(count),
-        go_finite(count) {}
-
-  void load(int64_t b, int64_t h, int64_t i, int64_t slot) const {
-    const auto& p = in.p;
-    const int64_t rows = p.rows_of(i), padded = pad_k<C>(rows);
-    C* q_rows = q.get() + slot * block * depth;
-    C* go_rows = go.get() + slot * block * value_depth;
-    load_rows<T, C>(p.query.at(b, h, i * kQueryBlock), p.query.row, p.query.col, rows, p.dim,
-                    q_rows, depth);
-    load_rows<T, C>(in.grad_out.at(b, h, i * kQueryBlock), in.grad_out.row, in.grad_out.col, rows,
-                    p.value_dim, go_rows, value_depth);
-    transpose<C, C>(q_rows, depth, 1, rows, p.dim, qt.get() + slot * block * p.dim, block, padded);
-    transpose<C, C>(go_rows, value_depth, 1, rows, p.value_dim,
-                    got.get() + slot * block * p.value_dim, block, padded);
-    q_finite.get()[slot] = all_finite(q_rows, rows * depth);
-    go_finite.get()[slot] = all_finite(go_rows, rows * value_depth);
-  }
-};
-
-// One thread's tile of P and dS, and what is added up from it.
-template <typename T, typename C>
-class Backward {
- public:
-  using A = accumulate_t<T>;
-  using Vec = Vectorized<A>;
-
-  Backward(const Inputs<T>& in, const KeySide<T, C>& keys, const QuerySide<T, C>& queries)
-      : in_(in),
-        p_(in.p),
-        keys_(keys),
-        queries_(queries),
-        ld_(p_.key_block),
-        p_tile_(tile_size()),
-        ds_tile_(tile_size()),
-        ds_rounded_(tile_size()),
-        packed_(tile_size()),
-        capped_(p_.softcap ? tile_size() : 0),
-        bias_(ld_),
-        keep_(ld_) {}
-
-  // P keep and dS of a tile; dS is the gradient of the scores before the mask was added if
-  // `at_mask`, else that of scale q k^T.
-  void run(const Tile& t, int64_t key_slot, int64_t query_slot, bool at_mask) {
-    tile_ = t;
-    key_slot_ = key_slot;
-    query_slot_ = query_slot;
-    A* s = p_tile_.get();
-    A* ds = ds_tile_.get();
-    tile_gemm<C>(t.rows, t.cols, p_.dim,
-                 queries_.q.get() + query_slot * queries_.block * queries_.depth, queries_.depth,
-                 keys_.kt.get() + key_slot * keys_.size_kt, s, ld_, false);
-    tile_gemm<C>(t.rows, t.cols, p_.value_dim,
-                 queries_.go.get() + query_slot * queries_.block * queries_.value_depth,
-                 queries_.value_depth, keys_.vt.get() + key_slot * keys_.size_vt, ds, ld_, false);
-    finish_scores<T>(p_, t, s, ld_, bias_.get(), p_.softcap ? capped_.get() : nullptr);
-    const int64_t width = round_up(t.cols, kRowPad);
-    const int64_t i = t.q0 / kQueryBlock;
-    const bool whole = p_.first_block(i) + 1 == p_.last_block(i);
-    const bool through_cap = p_.softcap && !at_mask;
-    const Vec factor(p_.factor()), zero(A(0)), one(A(1));
-    const Vec inverse_cap(through_cap ? 1 / p_.softcap : A(0));
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t row = p_.row_index(t.b, t.h, t.q0 + r);
-      if (p_.dropout) {
-        dropout_row(p_.philox, p_.rate, row, p_.keys, t.k0, width, keep_.get());
-      }
-      const Vec lse(-in_.row_lse[row]);
-      Vec dot(A(0)), sum(A(0));
-      A* probs = keep_.get();  // each takes the place of the mask's element that it was made with
-      for (int64_t c = 0; c < width; c += Vec::size()) {
-        const int64_t at = r * ld_ + c;
-        const Vec prob = exp_below(at::vec::fmadd(Vec::loadu(s + at), factor, lse));
-        Vec grad = Vec::loadu(ds + at);
-        Vec kept = prob;
-        if (p_.dropout) {
-          const Vec keep = Vec::loadu(probs + c);
-          grad = grad * keep;
-          kept = prob * keep;
-        }
-        // A hidden key's dP may be NaN: its gradient is 0 all the same.
-        dot = dot + Vec::blendv(prob * grad, zero, prob == zero);
-        sum = sum + prob;
-        prob.store(probs + c);
-        kept.store(s + at);
-        grad.store(ds + at);
-      }
-      const auto add = [](const Vec& x, const Vec& y) { return x + y; };
-      row_dot_[r] = at::vec::vec_reduce_all<A>(add, dot);
-      // Where the tile holds all that the row sees, its own sums give delta without the rounding of
-      // O and lse, which would not cancel in rows of a few keys.
-      A own = in_.delta[row];
-      if (whole) {
-        A total = at::vec::vec_reduce_all<A>(add, sum);
-        if (p_.sinks) total += std::exp(p_.sinks[t.b * p_.heads + t.h] - in_.row_lse[row]);
-        own = total == A(0) ? A(0) : row_dot_[r] / total;
-        if (in_.grad_lse) own -= in_.grad_lse[row];
-      }
-      const Vec delta(own);
-      for (int64_t c = 0; c < width; c += Vec::size()) {
-        const int64_t at = r * ld_ + c;
-        const Vec prob = Vec::loadu(probs + c);
-        Vec grad = Vec::blendv(prob * (Vec::loadu(ds + at) - delta), zero, prob == zero);
-        if (through_cap) {
-          const Vec tanh = Vec::loadu(capped_.get() + at) * inverse_cap;
-          grad = grad * (one - tanh * tanh);
-        }
-        grad.store(ds + at);
-        if constexpr (!std::is_same_v<A, C>) store_vec<C>(ds_rounded_.get() + at, grad);
-      }
-    }
-  }
-
-  // dq (rows x dim, or null) += dS K, and the rows' dots
-  void add_dq(A* dq) const {
-    const Tile& t = tile_;
-    if (in_.row_dot) {
-      A* dot = in_.row_dot + p_.row_index(t.b, t.h, t.q0);
-      for (int64_t r = 0; r < t.rows; ++r) dot[r] += row_dot_[r];
-    }
-    if (!dq) return;
-    if (keys_.k_finite.get()[key_slot_]) {
-      gemm_first_rows<C>(t.rows, p_.dim, t.cols, rounded(), ld_,
-                         keys_.k.get() + key_slot_ * keys_.size_k, p_.cols_of(t.k0 / ld_), dq,
-                         p_.dim);
-    } else {
-      accumulate_visible(t.rows, p_.dim, t.cols, ds_tile_.get(), ld_, 1,
-                         p_.key.at(t.b, t.h / p_.group, t.k0), p_.key.row, p_.key.col, dq, p_.dim,
-                         1);
-    }
-  }
-
-  // dkt (dim x keys) += Q^T dS and dvt (value_dim x keys) += dO^T (P keep)
-  void add_dkv(A* dkt, A* dvt) const {
-    const Tile& t = tile_;
-    const int64_t block = queries_.block;
-    if (dkt && queries_.q_finite.get()[query_slot_]) {
-      pack_tile<A, C>(ds_tile_.get(), ld_, t.rows, t.cols, packed_.get());
-      tile_gemm<C>(p_.dim, t.cols, t.rows, queries_.qt.get() + query_slot_ * block * p_.dim, block,
-                   packed_.get(), dkt, ld_, true);
-    } else if (dkt) {
-      accumulate_visible(t.cols, p_.dim, t.rows, ds_tile_.get(), 1, ld_,
-                         p_.query.at(t.b, t.h, t.q0), p_.query.row, p_.query.col, dkt, 1, ld_);
-    }
-    if (dvt && queries_.go_finite.get()[query_slot_]) {
-      pack_tile<A, C>(p_tile_.get(), ld_, t.rows, t.cols, packed_.get());
-      tile_gemm<C>(p_.value_dim, t.cols, t.rows,
-                   queries_.got.get() + query_slot_ * block * p_.value_dim, block, packed_.get(),
-                   dvt, ld_, true);
-    } else if (dvt) {
-      accumulate_visible(t.cols, p_.value_dim, t.rows, p_tile_.get(), 1, ld_,
-                         in_.grad_out.at(t.b, t.h, t.q0), in_.grad_out.row, in_.grad_out.col, dvt,
-                         1, ld_);
-    }
-  }
-
-  // sum += dS, over rows or columns where the mask is broadcast along them
-  void add_mask(A* sum, bool one_row, bool one_col) const {
-    for (int64_t r = 0; r < tile_.rows; ++r) {
-      const A* ds = ds_tile_.get() + r * ld_;
-      A* to = sum + (one_row ? 0 : r * ld_);
-      if (one_col) {
-        A total = 0;
-        for (int64_t c = 0; c < tile_.cols; ++c) total += ds[c];
-        *to += total;
-      } else {
-        for (int64_t c = 0; c < tile_.cols; ++c) to[c] += ds[c];
-      }
-    }
-  }
-
- private:
-  int64_t tile_size() const { return (kQueryBlock + 1) * ld_; }
-  const C* rounded() const {
-    if constexpr (std::is_same_v<A, C>) {
-      return ds_tile_.get();
-    } else {
-      return ds_rounded_.get();
-    }
-  }
-
-  const Inputs<T>& in_;
-  const Problem<T>& p_;
-  const KeySide<T, C>& keys_;
-  const QuerySide<T, C>& queries_;
-  int64_t ld_;
-  Buffer<A> p_tile_, ds_tile_;
-  Buffer<C> ds_rounded_, packed_;
-  Buffer<A> capped_, bias_, keep_;
-  A row_dot_[kQueryBlock];
-  Tile tile_{};
-  int64_t key_slot_ = 0, query_slot_ = 0;
-};
-
 // Gradients asked for; null where not.
 template <typename T>
 struct Gradients {
   T *query, *key, *value;
 };
 
-template <typename T>
-void scale_row(T* out, const accumulate_t<T>* in, accumulate_t<T> scale, int64_t n) {
+template <typename T, typename A>
+void scale_row(T* out, const A* in, A scale, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(in[i] * scale);
 }
 
@@ -320,7 +37,7 @@ template <typename T>
 void write_dq(const Problem<T>& p, const Gradients<T>& grads, int64_t b, int64_t h, int64_t i,
               const accumulate_t<T>* dq) {
   const int64_t row = p.row_index(b, h, i * kQueryBlock);
-  scale_row<T>(grads.query + row * p.dim, dq, p.scale, p.rows_of(i) * p.dim);
+  scale_row(grads.query + row * p.dim, dq, p.scale, p.rows_of(i) * p.dim);
 }
 
 // dK and dV of key block j of a kv head, added up over the group's query blocks.
@@ -330,7 +47,11 @@ class KeyGradients {
   using A = accumulate_t<T>;
 
   KeyGradients(const Problem<T>& p, const Gradients<T>& grads)
-      : p_(p), grads_(grads), dkt_(p.dim * p.key_block), dvt_(p.value_dim * p.key_block) {}
+      : p_(p),
+        grads_(grads),
+        dkt_(p.dim * p.key_block),
+        dvt_(p.value_dim * p.key_block),
+        turned_(std::max(p.dim, p.value_dim) * p.key_block) {}
 
   A* dkt() const { return grads_.key ? dkt_.get() : nullptr; }
   A* dvt() const { return grads_.value ? dvt_.get() : nullptr; }
@@ -339,22 +60,21 @@ class KeyGradients {
     std::fill_n(dvt_.get(), p_.value_dim * p_.key_block, A(0));
   }
   void write(int64_t b, int64_t kv, int64_t j) const {
-    const int64_t row = (b * p_.kv_heads + kv) * p_.keys + j * p_.key_block, ld = p_.key_block;
-    if (grads_.key) {
-      scale_row<A>(dkt_.get(), dkt_.get(), p_.scale, p_.dim * ld);
-      transpose<A, T>(dkt_.get(), ld, 1, p_.dim, p_.cols_of(j), grads_.key + row * p_.dim, p_.dim,
-                      p_.dim);
-    }
-    if (grads_.value) {
-      transpose<A, T>(dvt_.get(), ld, 1, p_.value_dim, p_.cols_of(j),
-                      grads_.value + row * p_.value_dim, p_.value_dim, p_.value_dim);
-    }
+    const int64_t row = (b * p_.kv_heads + kv) * p_.keys + j * p_.key_block;
+    const A kept = p_.dropout ? static_cast<A>(p_.rate.scale) : A(1);
+    if (grads_.key) write(dkt_.get(), p_.dim, j, p_.scale, grads_.key + row * p_.dim);
+    if (grads_.value) write(dvt_.get(), p_.value_dim, j, kept, grads_.value + row * p_.value_dim);
   }
 
  private:
+  void write(const A* sum, int64_t n, int64_t j, A scale, T* out) const {
+    transpose(sum, p_.key_block, turned_.get(), n, n, p_.cols_of(j));
+    scale_row(out, turned_.get(), scale, n * p_.cols_of(j));
+  }
+
   const Problem<T>& p_;
   const Gradients<T>& grads_;
-  Buffer<A> dkt_, dvt_;
+  Buffer<A> dkt_, dvt_, turned_;
 };
 
 template <typename T>
@@ -372,7 +92,7 @@ void backward_by_head(const Inputs<T>& in, const Gradients<T>& grads, double wor
     const KeySide<T, C> keys(p, 1);
     const QuerySide<T, C> queries(in, count);
     const KeyGradients<T, C> key_grads(p, grads);
-    Backward<T, C> task(in, keys, queries);
+    BackwardTile<T, C> task(in, keys, queries);
     const Buffer<A> dq(grads.query ? count * dq_block : 0);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t b = t / p.kv_heads, kv = t % p.kv_heads, first_head = kv * p.group;
@@ -386,7 +106,7 @@ void backward_by_head(const Inputs<T>& in, const Gradients<T>& grads, double wor
         for (int64_t n = 0; n < count; ++n) {
           const int64_t h = first_head + n / p.query_blocks, i = n % p.query_blocks;
           if (!meet(p, i, j)) continue;
-          task.run(tile_at(p, b, h, i, j), 0, n, false);
+          if (!task.run(b, h, i, j, 0, n, false)) continue;
           task.add_dkv(key_grads.dkt(), key_grads.dvt());
           task.add_dq(grads.query ? dq.get() + n * dq_block : nullptr);
         }
@@ -432,7 +152,7 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
   if (grads.key || grads.value) {
     at::parallel_for(0, all_keys, grain(work / p.key_blocks), [&](int64_t begin, int64_t end) {
       const KeyGradients<T, C> key_grads(p, grads);
-      Backward<T, C> task(in, keys, queries);
+      BackwardTile<T, C> task(in, keys, queries);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t head = t / p.key_blocks, b = head / p.kv_heads, kv = head % p.kv_heads;
         const int64_t j = balanced(t % p.key_blocks, p.key_blocks);
@@ -440,7 +160,7 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
         for (int64_t n = 0; n < p.group * p.query_blocks; ++n) {
           const int64_t h = kv * p.group + n / p.query_blocks, i = n % p.query_blocks;
           if (!meet(p, i, j)) continue;
-          task.run(tile_at(p, b, h, i, j), key_slot(b, h, j), query_slot(b, h, i), false);
+          if (!task.run(b, h, i, j, key_slot(b, h, j), query_slot(b, h, i), false)) continue;
           task.add_dkv(key_grads.dkt(), key_grads.dvt());
         }
         key_grads.write(b, kv, j);
@@ -451,14 +171,14 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
   if (grads.query || in.row_dot) {
     const double each = work / p.group / p.query_blocks;
     at::parallel_for(0, all_queries, grain(each), [&](int64_t begin, int64_t end) {
-      Backward<T, C> task(in, keys, queries);
+      BackwardTile<T, C> task(in, keys, queries);
       const Buffer<A> dq(kQueryBlock * p.dim);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t head = t / p.query_blocks, b = head / p.heads, h = head % p.heads;
         const int64_t i = balanced(t % p.query_blocks, p.query_blocks);
         std::fill_n(dq.get(), kQueryBlock * p.dim, A(0));
         for (int64_t j = p.first_block(i); j < p.last_block(i); ++j) {
-          task.run(tile_at(p, b, h, i, j), key_slot(b, h, j), query_slot(b, h, i), false);
+          if (!task.run(b, h, i, j, key_slot(b, h, j), query_slot(b, h, i), false)) continue;
           task.add_dq(grads.query ? dq.get() : nullptr);
         }
         if (grads.query) write_dq(p, grads, b, h, i, dq.get());
@@ -473,7 +193,7 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
   const int64_t batches = p.mask.sizes[0], heads = p.mask.sizes[1];
   const int64_t tasks = batches * heads * row_tasks * col_tasks;
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    Backward<T, C> task(in, keys, queries);
+    BackwardTile<T, C> task(in, keys, queries);
     const int64_t ld = p.key_block;
     const Buffer<A> sum(kQueryBlock * ld);
     for (int64_t t = begin; t < end; ++t) {
@@ -485,7 +205,7 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
           for (int64_t i = i0; i < p.query_blocks; i += row_tasks) {
             for (int64_t j = j0; j < p.key_blocks; j += col_tasks) {
               if (!meet(p, i, j)) continue;
-              task.run(tile_at(p, b, h, i, j), key_slot(b, h, j), query_slot(b, h, i), true);
+              if (!task.run(b, h, i, j, key_slot(b, h, j), query_slot(b, h, i), true)) continue;
               task.add_mask(sum.get(), one_row, one_col);
             }
           }
