@@ -1,127 +1,34 @@
-"""Attention: values, gradients, options, hidden NaN, and what PyTorch asks of an operator."""
+"""Attention: values, gradients, options, dropout, threads and hidden NaN against the oracle."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import (
+    DTYPES,
+    NAMES,
+    NATIVE,
+    OPTIONS,
+    SHAPES,
+    cast,
+    compare,
+    lay_out,
+    leaves_of,
+    operands,
+    results,
+    values,
+)
 from conftest import assert_close_to_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastnn import _ops, backend, reference
+from fastnn import _ops, reference
 from fastnn.attention import scaled_dot_product_attention as attention
 from fastnn.linear_act import dropout_seed, keep_mask
 
-NATIVE = pytest.mark.skipif(_ops.NATIVE_MISSING is not None, reason=str(_ops.NATIVE_MISSING))
 pytestmark = NATIVE
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("query", "key", "value", "attn_mask", "sinks")
-# B, Hq, Hkv, Sq, Sk, D, Dv: grouped heads, more than a block of each, few rows, odd widths
-SHAPES = (
-    (2, 4, 2, 37, 70, 16, 24),
-    (1, 2, 2, 131, 300, 64, 64),
-    (1, 3, 1, 2, 97, 40, 33),
-    (1, 1, 1, 257, 127, 7, 130),
-)
-
-
-def values(shape, dtype):
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def lay_out(tensor, layout):
-    """The same values in another memory layout."""
-    if layout == "permuted":  # (B, S, H, D) in memory, as a model's projections leave it
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "column":
-        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "offset":
-        padded = tensor.new_zeros([s + 3 for s in tensor.shape])
-        view = padded[tuple(slice(2, 2 + s) for s in tensor.shape)]
-        return view.copy_(tensor)
-    return tensor
-
-
-OPTIONS = {
-    "plain": lambda *_: {},
-    "causal": lambda *_: {"is_causal": True},
-    "bottom_right": lambda *_: {"is_causal": True, "causal_alignment": "bottom_right"},
-    "window": lambda *_: {"window": (5, 3)},
-    "window_bottom_right": lambda *_: {"window": (40, 7), "causal_alignment": "bottom_right"},
-    "scale": lambda *_: {"scale": -0.3},
-    "softcap": lambda *_: {"softcap": 1.5},
-    "alibi": lambda b, h, sq, sk, dtype: {"alibi_slopes": torch.rand(h), "is_causal": True},
-    "sinks": lambda b, h, sq, sk, dtype: {"sinks": values((h,), dtype), "is_causal": True},
-    "bool": lambda b, h, sq, sk, dtype: {"attn_mask": torch.rand(b, 1, sq, sk) > 0.3},
-    "padding": lambda b, h, sq, sk, dtype: {"attn_mask": torch.rand(b, 1, 1, sk) > 0.3},
-    "additive": lambda b, h, sq, sk, dtype: {"attn_mask": values((b, h, sq, sk), dtype)},
-    "additive_2d": lambda b, h, sq, sk, dtype: {"attn_mask": values((sq, sk), dtype)},
-    "additive_keys": lambda b, h, sq, sk, dtype: {"attn_mask": values((h, 1, sk), dtype)},
-    "everything": lambda b, h, sq, sk, dtype: {
-        "attn_mask": values((h, sq, sk), dtype),
-        "window": (60, 50),
-        "softcap": 3.0,
-        "alibi_slopes": torch.rand(b, h),
-        "sinks": values((b, h), dtype),
-        "causal_alignment": "bottom_right",
-        "scale": 0.2,
-    },
-}
-
-
-def cast(options, dtype):
-    """The options as torch evaluates them in `dtype`; the mask and the sinks become leaves."""
-    result = dict(options)
-    for name in ("attn_mask", "alibi_slopes", "sinks"):
-        t = result.get(name)
-        if t is not None and t.is_floating_point():
-            result[name] = t.detach().to(dtype).requires_grad_(name != "alibi_slopes")
-    return result
-
-
-def results(function, qkv, options, grad_out, grad_lse=None, **extra):
-    """{name: tensor} of out, lse (if its gradient is given) and every gradient."""
-    leaves = dict(zip(NAMES, (*qkv, options.get("attn_mask"), options.get("sinks")), strict=True))
-    leaves = {n: t for n, t in leaves.items() if t is not None and t.requires_grad}
-    gqa = qkv[0].shape[-3] != qkv[1].shape[-3]
-    outputs = function(*qkv, enable_gqa=gqa, return_lse=grad_lse is not None, **options, **extra)
-    outputs = outputs if grad_lse is not None else (outputs,)
-    upstream = [g.to(o.dtype) for g, o in zip((grad_out, grad_lse), outputs, strict=False)]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-    return dict(zip(("out", "lse"), outputs, strict=False)) | dict(
-        zip(leaves, gradients, strict=True)
-    )
-
-
-def leaves_of(qkv, dtype=None):
-    return [t.detach().to(dtype or t.dtype).requires_grad_() for t in qkv]
-
-
-def compare(qkv, options, grad_out, grad_lse=None):
-    dtype = qkv[0].dtype
-    mine = results(attention, leaves_of(qkv), cast(options, dtype), grad_out, grad_lse)
-    arguments = (options, grad_out, grad_lse)
-    same, exact = (
-        results(
-            reference.scaled_dot_product_attention, leaves_of(qkv, d), cast(arguments[0], d),
-            *arguments[1:],
-        )
-        for d in (dtype, torch.float64)
-    )  # fmt: skip
-    for name, ours in mine.items():
-        assert_close_to_oracle(ours, same[name], exact[name], what=name)
-
-
-def operands(shape, dtype, layout="contiguous"):
-    b, h, hkv, sq, sk, d, dv = shape
-    sizes = ((b, h, sq, d), (b, hkv, sk, d), (b, hkv, sk, dv))
-    qkv = [lay_out(values(size, dtype), layout) for size in sizes]
-    return qkv, lay_out(values((b, h, sq, dv), dtype), layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -452,87 +359,26 @@ def test_half_gradients_do_not_get_worse_with_the_sequence():
     assert ratios[1] <= 1.5 and ratios[1] <= 1.2 * ratios[0]
 
 
-def test_compile_and_func():
-    torch.manual_seed(20)
-    qkv, grad_out = operands((1, 2, 2, 20, 24, 8, 8), torch.float32)
-    mask = torch.randn(20, 24)
+@pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
+def test_bfloat16_gradients_of_a_long_sequence(causal):
+    """At most 1.5 times the error of torch's math path, which rounds nothing but its results; P and
+    dS rounded for the GEMMs make it the square root of 2. Torch's fused path is 3 to 8 times worse
+    in its worst element; ours, of which chance decides, is held to 2."""
+    torch.manual_seed(26)
+    qkv, grad_out = operands((1, 1, 1, 6144, 6144, 64, 64), torch.bfloat16)
 
-    def function(q, k, v, mask):
-        return attention(q, k, v, mask, softcap=4.0, window=(9, 9))
+    def gradients(function, dtype):
+        leaves = leaves_of(qkv, dtype)
+        out = function(*leaves, is_causal=causal)
+        return [g.double() for g in torch.autograd.grad(out, leaves, grad_out.to(dtype))]
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    first = leaves_of((*qkv, mask))
-    second = leaves_of((*qkv, mask))
-    a, b = compiled(*first), function(*second)
-    assert torch.equal(a, b)
-    for x, y in zip(
-        torch.autograd.grad(a, first, grad_out),
-        torch.autograd.grad(b, second, grad_out),
-        strict=True,
-    ):
-        assert torch.equal(x, y)
-    gradient = torch.func.grad(lambda q: (function(q, *qkv[1:], mask) * grad_out).sum())(qkv[0])
-    torch.testing.assert_close(
-        gradient, torch.autograd.grad(function(*second), second, grad_out)[0]
-    )
-
-
-def test_compile_dropout():
-    q = torch.randn(1, 2, 30, 8)
-    compiled = torch.compile(
-        lambda q: attention(q, q, q, dropout_p=0.5), fullgraph=True, backend="aot_eager"
-    )
-    torch.manual_seed(1)
-    first = compiled(q)
-    second = compiled(q)
-    torch.manual_seed(1)
-    assert torch.equal(first, compiled(q)) and not torch.equal(first, second)
-
-
-def test_opcheck():
-    torch.manual_seed(21)
-    seed = torch.tensor([1, 2])
-    forward = torch.ops.fastnn.attention_forward.default
-    backward = torch.ops.fastnn.attention_backward.default
-    for dtype in (torch.float32, torch.bfloat16):
-        qkv, grad_out = operands((1, 4, 2, 9, 11, 8, 6), dtype, "permuted")
-        mask, slopes, sinks = torch.randn(9, 11).to(dtype), torch.rand(4), torch.randn(4).to(dtype)
-        options = (0.3, 0.25, 2.0, True, 5, -1)
-        arguments = (*qkv, mask, slopes, sinks, seed, *options)
-        torch.library.opcheck(forward, arguments)
-        torch.library.opcheck(forward, (*qkv, None, None, None, None, 0.0, 1.0, 0.0, False, -1, 0))
-        out, lse = forward(*arguments)
-        for wanted in ((True,) * 5, (False, True, False, False, True)):
-            torch.library.opcheck(
-                backward,
-                (grad_out, torch.randn(lse.shape), *qkv, mask, slopes, sinks, seed, out, lse,
-                 *options, list(wanted)),
-            )  # fmt: skip
-
-
-def test_autocast():
-    torch.manual_seed(22)
-    q, k, v = (torch.randn(1, 2, 12, 8, requires_grad=True) for _ in range(3))
-    mask = torch.randn(12, 12)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, torchs = attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask)
-        assert attention(q.double(), k.double(), v.double()).dtype == torch.float64
-    assert ours.dtype == torchs.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, torchs, rtol=2e-2, atol=2e-2)
-    gradients = torch.autograd.grad(ours.float().square().sum(), (q, k, v))
-    assert all(g.dtype == torch.float32 for g in gradients)
-
-
-def test_float_mask_with_half_inputs():
-    torch.manual_seed(23)
-    qkv, grad_out = operands((1, 2, 2, 20, 30, 16, 16), torch.bfloat16)
-    mask = torch.randn(20, 30, requires_grad=True)
-    out = attention(*qkv, mask)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        out, F.scaled_dot_product_attention(*qkv, mask.detach()), rtol=2e-2, atol=2e-2
-    )
-    assert torch.autograd.grad(out, mask, grad_out)[0].dtype == torch.float32
+    exact = gradients(F.scaled_dot_product_attention, torch.float64)
+    mine = gradients(attention, torch.bfloat16)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        math_path = gradients(F.scaled_dot_product_attention, torch.bfloat16)
+    for name, ours, plain, wanted in zip(NAMES[:3], mine, math_path, exact, strict=True):
+        assert (ours - wanted).norm() <= 1.5 * (plain - wanted).norm(), name
+        assert (ours - wanted).abs().max() <= 2 * (plain - wanted).abs().max(), name
 
 
 @settings(max_examples=25, deadline=None)
@@ -569,123 +415,3 @@ def test_one_key(dtype):
     assert (grad_k.double().abs() <= bound).all()
     exact = grad_out.double().sum(-2, keepdim=True)
     torch.testing.assert_close(grad_v.double(), exact, rtol=1e-2, atol=torch.finfo(dtype).eps)
-
-
-def test_window_of_one_width():
-    q = torch.randn(1, 2, 20, 8)
-    assert torch.equal(attention(q, q, q, window=3), attention(q, q, q, window=(3, 3)))
-    causal = attention(q, q, q, is_causal=True)
-    assert torch.equal(attention(q, q, q, window=(None, 0)), causal)
-    assert torch.equal(attention(q, q, q, window=(-1, 0)), causal)
-
-
-def changed(**changes):
-    q = torch.randn(2, 4, 5, 8)
-    return {"query": q, "key": torch.randn(2, 4, 6, 8), "value": torch.randn(2, 4, 6, 8)} | changes
-
-
-@pytest.mark.parametrize(
-    "changes, error, argument",
-    (
-        ({"query": [1]}, TypeError, "query"),
-        ({"attn_mask": 1}, TypeError, "attn_mask"),
-        ({"query": torch.randn(8)}, RuntimeError, "query"),
-        ({"key": torch.randn(2, 4, 6, 9)}, RuntimeError, "key"),
-        ({"value": torch.randn(2, 4, 7, 8)}, RuntimeError, "value"),
-        ({"key": torch.randn(2, 4, 6, 8).double()}, RuntimeError, "key"),
-        ({"value": torch.empty(2, 4, 6, 8, device="meta")}, RuntimeError, "value"),
-        ({"key": torch.randn(2, 3, 6, 8)}, RuntimeError, "key"),
-        ({"key": torch.randn(2, 3, 6, 8), "enable_gqa": True}, RuntimeError, "key"),
-        ({"value": torch.randn(2, 3, 6, 8), "enable_gqa": True}, RuntimeError, "value"),
-        ({"key": torch.randn(3, 4, 6, 8)}, RuntimeError, "key"),
-        ({"dropout_p": 1.5}, RuntimeError, "dropout_p"),
-        ({"dropout_p": -0.1}, RuntimeError, "dropout_p"),
-        ({"attn_mask": torch.ones(5, 6).bool(), "is_causal": True}, RuntimeError, "attn_mask"),
-        ({"attn_mask": torch.ones(5, 5).bool()}, RuntimeError, "attn_mask"),
-        ({"attn_mask": torch.ones(3, 1, 5, 6).bool()}, RuntimeError, "attn_mask"),
-        ({"attn_mask": torch.ones(1, 2, 4, 5, 6).bool()}, RuntimeError, "attn_mask"),
-        ({"attn_mask": torch.ones(5, 6).long()}, RuntimeError, "attn_mask"),
-        ({"attn_mask": torch.ones(5, 6).double()}, RuntimeError, "attn_mask"),
-        ({"attn_mask": torch.ones(5, 6, device="meta")}, RuntimeError, "attn_mask"),
-        ({"causal_alignment": "middle"}, ValueError, "causal_alignment"),
-        ({"window": (1, 2, 3)}, ValueError, "window"),
-        ({"window": -2}, ValueError, "window"),
-        ({"window": (1.5, 2)}, ValueError, "window"),
-        ({"softcap": 0.0}, ValueError, "softcap"),
-        ({"softcap": -1.0}, ValueError, "softcap"),
-        ({"alibi_slopes": torch.ones(3)}, RuntimeError, "alibi_slopes"),
-        ({"sinks": torch.ones(4).long()}, RuntimeError, "sinks"),
-        ({"sinks": 1.0}, TypeError, "sinks"),
-    ),
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
-)
-def test_bad_input(changes, error, argument):
-    with pytest.raises(error, match=f"scaled_dot_product_attention: {argument} must be .*, got "):
-        attention(**changed(**changes))
-
-
-def test_raw_operators_check_their_arguments():
-    forward = torch.ops.fastnn.attention_forward.default
-    q = torch.randn(1, 2, 3, 4)
-    options = (0.0, 1.0, 0.0, False, -1, -1)
-    with pytest.raises(RuntimeError, match="key must be of shape"):
-        forward(q, torch.randn(1, 2, 3, 5), q, None, None, None, None, *options)
-    with pytest.raises(RuntimeError, match="seed must be given"):
-        forward(q, q, q, None, None, None, None, 0.5, *options[1:])
-    with pytest.raises(RuntimeError, match="attn_mask must be broadcastable"):
-        forward(q, q, q, torch.ones(2, 3), None, None, None, *options)
-
-
-def test_backends():
-    q = torch.randn(1, 2, 5, 8)
-    with backend.use_backend("reference"):
-        plain = attention(q, q, q, window=2, sinks=torch.zeros(2))
-    with backend.use_backend("native"):
-        torch.testing.assert_close(attention(q, q, q, window=2, sinks=torch.zeros(2)), plain)
-        with pytest.raises(NotImplementedError, match="alibi_slopes"):
-            attention(q, q, q, alibi_slopes=torch.ones(2, requires_grad=True))
-    slopes = torch.ones(2, requires_grad=True)
-    attention(q, q, q, alibi_slopes=slopes).sum().backward()
-    assert slopes.grad is not None
-
-
-MEMORY = """
-import resource, sys, torch
-from fastnn.attention import scaled_dot_product_attention
-s = int(sys.argv[1])
-q, k, v = (torch.randn(1, 2, s, 32, requires_grad=True) for _ in range(3))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-scaled_dot_product_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], None, 0.1).sum().backward()
-before = peak()
-scaled_dot_product_attention(q, k, v, dropout_p=0.1).sum().backward()
-print(peak() - before)
-"""
-
-
-def test_memory_grows_linearly_with_dropout():
-    """S x S floats of one head at S = 4096 would be 64 MiB, and of two heads 128."""
-    used = subprocess.run(
-        [sys.executable, "-c", MEMORY, "4096"], capture_output=True, text=True, check=True
-    )
-    assert int(used.stdout) < 40 * 1024  # KiB: ten tensors of 1 MiB, packed copies and tiles
-
-
-def test_lower_instruction_set():
-    """The AVX2 kernels, whatever this machine has."""
-    script = """
-import torch
-from fastnn import _C
-from fastnn.attention import scaled_dot_product_attention as attention
-assert _C.cpu_capability() == "AVX2"
-for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-    q, k, v = (torch.randn(1, 2, 140, 24).to(dtype).requires_grad_() for _ in range(3))
-    ours = attention(q, k, v, is_causal=True)
-    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
-    a = torch.autograd.grad(ours.square().sum(), (q, k, v))
-    b = torch.autograd.grad(plain.square().sum(), (q, k, v))
-    for x, y in zip(a, b):
-        torch.testing.assert_close(x, y, rtol=10 * tolerance, atol=10 * tolerance)
-"""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
