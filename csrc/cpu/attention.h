@@ -20,6 +20,16 @@ namespace fastnn {
 inline namespace CPU_CAPABILITY {
 namespace attention {
 
+// Milliseconds of forward + backward on two cores with AVX512-BF16, by keys of a tile:
+//                      float                        bfloat16
+//   (B, H, S, D)         128   256   512              128    256    512
+//   (8, 12, 512, 64)     141   141   152               76     75     82
+//     causal              82    84    95               47     48     52
+//   (1, 16, 1024, 128)   179   184   197               90     89    120
+//     causal              93    99   122               56     50     68
+//   (1, 8, 1024, 256)    192   200     -               96     84      -
+//   (1, 16, 4096, 128)     -     -     -             1496   1420   1397
+// 192 rows in place of 96 are the same within 3 %.
 inline constexpr int64_t kGroup = 6;  // the micro-kernel's rows
 inline constexpr int64_t kQueryBlock = 16 * kGroup;
 inline constexpr int64_t kKeyBlock = 256;

@@ -9,7 +9,8 @@
 //   The mask's gradient is a further pass over the mask's own tiles, summing what it is broadcast
 //   to. Memory: packed operands in flight, linear in the sequence. dK, dV are held transposed.
 //   Numerics: gradients accumulate in float (double for double); P and dS are rounded for the
-//   GEMMs.
+//   GEMMs. Floor: five GEMMs. Of (8,12,512,64) they take 75 % of the time in bfloat16, 86 % in
+//   float.
 #include "attention_backward.h"
 
 #include <ATen/ExpandUtils.h>
