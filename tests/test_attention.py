@@ -381,6 +381,28 @@ def test_bfloat16_gradients_of_a_long_sequence(causal):
         assert (ours - wanted).abs().max() <= 2 * (plain - wanted).abs().max(), name
 
 
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("option", ("plain", "sinks", "sides", "everything", "bottom_right"))
+def test_decode_over_a_long_cache(option, dtype):
+    """The keys are split into parts of 2048, on any number of threads."""
+    torch.manual_seed(27)
+    shape = (2, 4, 2, 2, 5000, 40, 24)
+    b, h, _, sq, sk, _, _ = shape
+    qkv, grad_out = operands(shape, dtype)
+    options = OPTIONS[option](b, h, sq, sk, dtype)
+    compare(qkv, options, grad_out, torch.randn(b, h, sq))
+    threads = torch.get_num_threads()
+    outputs = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            torch.manual_seed(28)
+            outputs.append(attention(*qkv, dropout_p=0.2, enable_gqa=True, **options))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.tuples(*(st.integers(1, n) for n in (2, 2, 3, 110, 270, 20, 20))),
