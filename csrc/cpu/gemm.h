@@ -105,6 +105,23 @@ inline void convert_row(const T* in, int64_t stride, int64_t n, C* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(in[i * stride]);
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// A line of a bfloat16 panel: n <= 64 elements of two rows in turn; zeros for a null second row.
+inline void interleave(const at::BFloat16* first, const at::BFloat16* second, int64_t n,
+                       at::BFloat16* line) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t j = 0; j < n; j += 32) {
+    const __mmask32 mask = n - j >= 32 ? ~__mmask32{0} : (__mmask32{1} << (n - j)) - 1;
+    const __m512i a = _mm512_maskz_loadu_epi16(mask, first + j);
+    const __m512i b = second ? _mm512_maskz_loadu_epi16(mask, second + j) : _mm512_setzero_si512();
+    _mm512_storeu_si512(line + 2 * j, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(line + 2 * j + 32, _mm512_permutex2var_epi16(a, high, b));
+  }
+}
+#endif
+
 // Packs the panel of columns [64 * panel, ...) of the k x n matrix b.
 template <typename T, typename C>
 inline void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k, int64_t n,
@@ -128,6 +145,15 @@ inline void pack_panel(const T* b, int64_t stride_k, int64_t stride_n, int64_t k
     if constexpr (kPair == 1) {
       convert_row(source, stride_n, cols, line);
     } else {
+#if defined(CPU_CAPABILITY_AVX512)
+      const T* next = i + 1 < k ? source + stride_k : nullptr;
+      if constexpr (std::is_same_v<T, C>) {
+        if (stride_n == 1) {
+          interleave(source, next, cols, line);
+          continue;
+        }
+      }
+#endif
       alignas(64) C pair[2][kPanel] = {};
       for (int64_t r = 0; r < std::min(kPair, k - i); ++r) {
         convert_row(source + r * stride_k, stride_n, cols, pair[r]);
