@@ -7,10 +7,12 @@
 //   even with zeros. The last panel is padded with zero columns.
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/native/CPUBlas.h>
 #include <cpuinfo.h>
 
 #include <cstring>
+#include <functional>
 
 #include "vec.h"
 
@@ -329,6 +331,60 @@ inline void tile_gemm(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, 
       }
     }
   }
+}
+
+// kRows x kCols of A B^T as sums of products along rows of both.
+template <typename T, int kRows, int kCols>
+inline void dot_kernel(int64_t k, const accumulate_t<T>* a, int64_t lda, const T* b, int64_t ldb,
+                       accumulate_t<T>* c, int64_t ldc) {
+  using Vec = AccVec<T>;
+  Vec sum[kRows][kCols];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) sum[i][j] = Vec(accumulate_t<T>(0));
+  }
+  const auto step = [&](int64_t p, auto width) {
+    Vec column[kCols];
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) column[j] = load_vec(b + j * ldb + p, width);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const Vec row = load_vec(a + i * lda + p, width);
+#pragma GCC unroll 4
+      for (int j = 0; j < kCols; ++j) sum[i][j] = at::vec::fmadd(row, column[j], sum[i][j]);
+    }
+  };
+  int64_t p = 0;
+  for (; p + kLanes<T> <= k; p += kLanes<T>) step(p, std::integral_constant<int64_t, kLanes<T>>{});
+  if (p < k) step(p, k - p);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) {
+      c[i * ldc + j] = at::vec::vec_reduce_all(std::plus<Vec>(), sum[i][j]);
+    }
+  }
+}
+
+// C = A B^T for few rows of A, where packing B would cost more than the product: B is read once,
+// in place. Only its columns (of n rows) need to lie side by side.
+template <typename T>
+inline void few_rows_gemm(int64_t m, int64_t n, int64_t k, const accumulate_t<T>* a, int64_t lda,
+                          const T* b, int64_t ldb, accumulate_t<T>* c, int64_t ldc) {
+  constexpr int kTile = 4;
+  const auto columns = [&](int64_t j, auto cols) {
+    int64_t i = 0;
+    for (; i + kTile <= m; i += kTile) {
+      dot_kernel<T, kTile, cols.value>(k, a + i * lda, lda, b + j * ldb, ldb, c + i * ldc + j, ldc);
+    }
+    for (; i < m; ++i) {
+      dot_kernel<T, 1, cols.value>(k, a + i * lda, lda, b + j * ldb, ldb, c + i * ldc + j, ldc);
+    }
+  };
+  int64_t j = 0;
+  for (; j + kTile <= n; j += kTile) columns(j, std::integral_constant<int, kTile>{});
+  for (; j < n; ++j) columns(j, std::integral_constant<int, 1>{});
 }
 
 // Frees the AMX state that brgemm holds; call at the end of a thread's work.

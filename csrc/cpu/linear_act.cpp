@@ -28,6 +28,8 @@ namespace {
 template <typename C>
 constexpr int64_t kBlockRows = std::is_same_v<C, at::BFloat16> ? 96 : 48;
 constexpr int64_t kBlockCols = 2 * kPanel;
+// Rows of the input up to which the forward reads the weight in place.
+const int64_t kFewRows = getenv("FEW") ? atoi(getenv("FEW")) : 8;
 
 // Calls f with the activation's struct and whether it is gated, as an std::bool_constant.
 template <typename F>
@@ -186,8 +188,9 @@ void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor
 
   visit_tile_type<T>([&](auto tag) {
     using C = decltype(tag);
+    const bool few = m <= kFewRows && w.stride_col == 1;
     std::array<Buffer<C>, 2> packed_weight;
-    for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t part = 0; part < (few ? 0 : parts); ++part) {
       Rows<T> rows = w;
       rows.data += part * width * w.stride_row;
       packed_weight[part] = packed<T, C>(rows, k, /*transposed=*/true, width);
@@ -200,12 +203,23 @@ void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor
                     cols = std::min(kBlockCols, width - col0);
       alignas(64) A tile[2][kBlockRows<C> * kBlockCols];
       uint16_t kept[kBlockCols / 16];
-      Buffer<C> converted;
-      if (!x.template usable<C>()) converted = Buffer<C>(rows * pad_k<C>(k));
-      const auto [a, lda] = x.template as<C>(row0, rows, converted.get());
-      for (int64_t part = 0; part < parts; ++part) {
-        tile_gemm<C>(rows, cols, k, a, lda, packed_weight[part].get() + col0 * pad_k<C>(k),
-                     tile[part], kBlockCols, false);
+      const auto multiply = [&](auto tag, const auto& product) {
+        using E = decltype(tag);
+        Buffer<E> converted;
+        if (!x.template usable<E>()) converted = Buffer<E>(rows * pad_k<E>(k));
+        const auto [a, lda] = x.template as<E>(row0, rows, converted.get());
+        for (int64_t part = 0; part < parts; ++part) product(part, a, lda);
+      };
+      if (few) {
+        multiply(A{}, [&](int64_t part, const A* a, int64_t lda) {
+          const T* b = w.data + (part * width + col0) * w.stride_row;
+          few_rows_gemm(rows, cols, k, a, lda, b, w.stride_row, tile[part], kBlockCols);
+        });
+      } else {
+        multiply(C{}, [&](int64_t part, const C* a, int64_t lda) {
+          const C* b = packed_weight[part].get() + col0 * pad_k<C>(k);
+          tile_gemm<C>(rows, cols, k, a, lda, b, tile[part], kBlockCols, false);
+        });
       }
       for (int64_t i = 0; i < rows; ++i) {
         ForwardRow<T> row{};
