@@ -5,6 +5,9 @@
 //   Half is multiplied as float. Accumulation is float (double for double).
 //   A panel is K x 64, row by row; of bfloat16, pairs of rows are interleaved (VNNI), K padded to
 //   even with zeros. The last panel is padded with zero columns.
+//   Floor: on Zen 4 the FMAs of a core give 115 GFLOP/s in float and 231 in bfloat16. Tiles alone
+//   reach 100 and 222; register tiles of 12x32, 14x32, 8x48 and 9x48, and prefetching, were slower
+//   or within the noise, and libtorch's brgemm in float was even with the kernel below.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
