@@ -9,15 +9,15 @@
 #if defined(__CUDACC__)
 #define FASTNN_ACT __host__ __device__ __forceinline__
 #else
-#define FASTNN_ACT inline
+#define FASTNN_ACT __attribute__((always_inline)) inline
 #endif
 
 namespace fastnn {
 
 FASTNN_ACT float act_exp(float x) { return expf(x); }
 FASTNN_ACT double act_exp(double x) { return exp(x); }
-FASTNN_ACT float act_erf(float x) { return erff(x); }
-FASTNN_ACT double act_erf(double x) { return erf(x); }
+FASTNN_ACT float act_normal_cdf(float x) { return 0.5f + 0.5f * erff(x * 0.70710678118654752440f); }
+FASTNN_ACT double act_normal_cdf(double x) { return 0.5 + 0.5 * erf(x * 0.70710678118654752440); }
 FASTNN_ACT float act_tanh(float x) { return tanhf(x); }
 FASTNN_ACT double act_tanh(double x) { return tanh(x); }
 FASTNN_ACT float act_select(float x, float positive, float otherwise) {
@@ -52,16 +52,12 @@ struct Relu {
 // x Phi(x)
 struct Gelu {
   template <typename V>
-  static FASTNN_ACT V cdf(const V& x) {
-    return V(0.5) + V(0.5) * act_erf(x * V(0.70710678118654752440));
-  }
-  template <typename V>
   static FASTNN_ACT V value(const V& x) {
-    return x * cdf(x);
+    return x * act_normal_cdf(x);
   }
   template <typename V>
   static FASTNN_ACT V grad(const V& x) {
-    return cdf(x) + x * V(0.39894228040143267794) * act_exp(x * x * V(-0.5));
+    return act_normal_cdf(x) + x * V(0.39894228040143267794) * act_exp(x * x * V(-0.5));
   }
 };
 
@@ -98,7 +94,7 @@ struct Sigmoid {
 struct Silu {
   template <typename V>
   static FASTNN_ACT V value(const V& x) {
-    return x / (V(1) + act_exp(V(0) - x));
+    return x * Sigmoid::value(x);
   }
   template <typename V>
   static FASTNN_ACT V grad(const V& x) {

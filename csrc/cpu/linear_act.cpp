@@ -1,14 +1,20 @@
 // out = residual + dropout(act(x W^T + b)), x [M, K], W [N, K]; gated: act(gate) * up of N / 2.
 //   Backward: dP = act'(saved) * mask * grad_out;  dX = dP W,  dW = dP^T X,  db = sum_m dP.
 // Forward: tasks of 48 (bfloat16: 96) rows x 128 columns; W is packed once a call and shared; the
-//   epilogue works on the float tile while it is in cache, row by row.
+//   epilogue takes each row of the float tile through registers once, while it is in cache. Few
+//   rows (decoding) read W in place.
 // Backward: such a block of rows of dP is made once, multiplied by W while in cache, and left
 //   transposed for dW, whose tiles are shared out after it. db adds up per block, then over the
 //   blocks in order: no result depends on the number of threads.
 // Numerics: float accumulation and epilogue (double for double); the pre-activation is rounded to
 //   the input's type only where it is saved. Dropout: csrc/philox.h.
+// Floor: the GEMMs. gelu 2048x768->3072 on two Zen 4 cores, forward and forward+backward: bfloat16
+//   26 of 22 ms and 76 of 66 ms, float 49 of 42 ms and 147 of 126 ms; the rest is packing,
+//   transposing, fresh pages and, 1.2 ms each way, gelu.
 #include <array>
+#include <atomic>
 #include <string_view>
+#include <vector>
 
 #include "../check.h"
 #include "common.h"
@@ -26,42 +32,26 @@ namespace {
 template <typename C>
 constexpr int64_t kBlockRows = std::is_same_v<C, at::BFloat16> ? 96 : 48;
 constexpr int64_t kBlockCols = 2 * kPanel;
-// Row functions of one activation over float (double) values.
-template <typename A>
-struct ActivationRows {
-  void (*value)(const A* x, A* y, int64_t n);
-  void (*grad)(const A* x, A* y, int64_t n);
-  bool gated;
-};
+// Rows of the input up to which the forward reads the weight in place. Packing 4096 x 4096 floats
+// takes 12 ms; without it 1, 8 and 16 rows take 2.3, 3.6 and 4.4 ms (bfloat16: 1.5, 2.4, 3.9), and
+// one row runs at copy speed.
+constexpr int64_t kFewRows = 16;
 
-template <typename A, typename F>
-inline void map_row(const A* x, A* y, int64_t n, const F& f) {
-  constexpr int64_t kLane = Vectorized<A>::size();
-  for (int64_t i = 0; i < n; i += kLane) {
-    const int64_t width = std::min(kLane, n - i);
-    f(Vectorized<A>::loadu(x + i, width)).store(y + i, width);
-  }
-}
-
-template <typename A, typename Act>
-void value_row(const A* x, A* y, int64_t n) {
-  map_row(x, y, n, [](const Vectorized<A>& v) { return Act::value(v); });
-}
-
-template <typename A, typename Act>
-void grad_row(const A* x, A* y, int64_t n) {
-  map_row(x, y, n, [](const Vectorized<A>& v) { return Act::grad(v); });
-}
-
-template <typename A>
-ActivationRows<A> activation_rows(std::string_view name, const char* op) {
+// Calls f with the activation's struct and whether it is gated, as an std::bool_constant.
+template <typename F>
+auto visit_activation(std::string_view name, const char* op, const F& f) {
 #define FASTNN_CASE(label, Act, gated) \
-  if (name == label) return {&value_row<A, Act>, &grad_row<A, Act>, gated};
+  if (name == label) return f(Act{}, std::bool_constant<gated>{});
   FASTNN_ACTIVATIONS(FASTNN_CASE)
 #undef FASTNN_CASE
 #define FASTNN_NAME(label, Act, gated) " " label
   FASTNN_CHECK(false, op, "activation", "one of" FASTNN_ACTIVATIONS(FASTNN_NAME), name);
 #undef FASTNN_NAME
+}
+
+void check_activation(std::string_view name, bool gated, const char* op) {
+  const bool is_gated = visit_activation(name, op, [](auto, auto known) { return known.value; });
+  FASTNN_CHECK(is_gated == gated, op, "gated", "as the activation is", gated);
 }
 
 // A view of rows of T with any strides; rows of C are read in place where they can be.
@@ -119,108 +109,201 @@ struct Dropout {
   }
 };
 
-template <typename A>
-void multiply_row(A* x, const A* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] *= y[i];
+// Calls f(task) for every task. A thread runs through a range of its own, so that no two of them
+// touch the same fresh pages, and then takes what is left of the others'.
+template <typename F>
+void share_tasks(int64_t tasks, int64_t work_each, const F& f) {
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t worth = ceil_div(tasks * std::max<int64_t>(1, work_each), kGrain);
+  const int64_t threads = std::min<int64_t>({at::get_num_threads(), tasks, worth});
+  if (threads <= 1) return parallel_tasks(tasks, 0, f);
+  std::vector<Range> ranges(threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    ranges[i].next = tasks * i / threads;
+    ranges[i].end = tasks * (i + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < threads; ++j) {
+        Range& range = ranges[(i + j) % threads];
+        for (int64_t task; (task = range.next.fetch_add(1)) < range.end;) f(task);
+      }
+    }
+    release_tiles();
+  });
+}
+
+// Calls f(i, width) for the vectors of T in n columns; width is a constant but for the last one.
+template <typename T, typename F>
+C10_ALWAYS_INLINE void over_row(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) f(i, std::integral_constant<int64_t, kLanes<T>>{});
+  if (i < n) f(i, n - i);
+}
+
+// What the epilogue of one row reads and writes; null where the call has none of it. Of pairs, the
+// second is the up projection of a gated activation.
+template <typename T>
+struct ForwardRow {
+  const accumulate_t<T>* sums[2];
+  const T* bias[2];
+  T* preact[2];
+  const uint16_t* kept;
+  accumulate_t<T> scale;
+  const T* residual;
+  T* out;
+};
+
+template <typename T, typename Act, bool kGated>
+void forward_row(const ForwardRow<T>& row, int64_t n) {
+  using Vec = AccVec<T>;
+  over_row<T>(n, [&](int64_t i, int64_t width) {
+    const auto preact = [&](int part) {
+      Vec x = load_vec(row.sums[part] + i, width);
+      if (row.bias[part]) x = x + load_vec(row.bias[part] + i, width);
+      if (row.preact[part]) store_vec(row.preact[part] + i, x, width);
+      return x;
+    };
+    Vec y = Act::value(preact(0));
+    if constexpr (kGated) y = y * preact(1);
+    if (row.kept) y = keep_lanes(y * Vec(row.scale), bits_at(row.kept, i));
+    if (row.residual) y = y + load_vec(row.residual + i, width);
+    store_vec(row.out + i, y, width);
+  });
 }
 
 template <typename T>
 void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-             const at::Tensor& residual, const Dropout& dropout,
-             const ActivationRows<accumulate_t<T>>& act, at::Tensor& out, at::Tensor& preact) {
+             const at::Tensor& residual, const Dropout& dropout, std::string_view activation,
+             bool gated, at::Tensor& out, at::Tensor& preact) {
   using A = accumulate_t<T>;
   const int64_t m = input.size(0), k = input.size(1), n = weight.size(0);
-  const int64_t parts = act.gated ? 2 : 1, width = n / parts;
+  const int64_t parts = gated ? 2 : 1, width = n / parts;
   const Rows<T> x(input), w(weight);
   const T* bias_data = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
   const T* residual_data = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
   const int64_t residual_stride = residual.defined() ? residual.stride(0) : 0;
   T* out_data = out.mutable_data_ptr<T>();
   T* preact_data = preact.numel() ? preact.mutable_data_ptr<T>() : nullptr;
+  const auto finish = visit_activation(activation, "linear_act_forward", [](auto act, auto gated) {
+    return &forward_row<T, decltype(act), gated.value>;
+  });
 
   visit_tile_type<T>([&](auto tag) {
     using C = decltype(tag);
+    const bool few = m <= kFewRows && w.stride_col == 1;
     std::array<Buffer<C>, 2> packed_weight;
-    for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t part = 0; part < (few ? 0 : parts); ++part) {
       Rows<T> rows = w;
       rows.data += part * width * w.stride_row;
       packed_weight[part] = packed<T, C>(rows, k, /*transposed=*/true, width);
     }
     const int64_t col_blocks = ceil_div(width, kBlockCols);
     const int64_t tasks = ceil_div(m, kBlockRows<C>) * col_blocks;
-    parallel_tasks(
-        tasks, std::min(m, kBlockRows<C>) * std::min(n, kBlockCols) * k, [&](int64_t task) {
-          const int64_t row0 = task / col_blocks * kBlockRows<C>,
-                        col0 = task % col_blocks * kBlockCols;
-          const int64_t rows = std::min(kBlockRows<C>, m - row0),
-                        cols = std::min(kBlockCols, width - col0);
-          alignas(64) A tile[2][kBlockRows<C> * kBlockCols];
-          alignas(64) A mask[kBlockCols];
-          Buffer<C> converted;
-          if (!x.template usable<C>()) converted = Buffer<C>(rows * pad_k<C>(k));
-          const auto [a, lda] = x.template as<C>(row0, rows, converted.get());
-          for (int64_t part = 0; part < parts; ++part) {
-            tile_gemm<C>(rows, cols, k, a, lda, packed_weight[part].get() + col0 * pad_k<C>(k),
-                         tile[part], kBlockCols, false);
-          }
-          for (int64_t i = 0; i < rows; ++i) {
-            A* line = tile[0] + i * kBlockCols;
-            A* up = tile[1] + i * kBlockCols;
-            for (int64_t part = 0; part < parts; ++part) {
-              const int64_t offset = part * width + col0;
-              if (bias_data) add_row<T>(part ? up : line, bias_data + offset, cols);
-              if (preact_data) {
-                store_row(preact_data + (row0 + i) * n + offset, part ? up : line, cols);
-              }
-            }
-            act.value(line, line, cols);
-            if (act.gated) multiply_row(line, up, cols);
-            if (dropout.on) {
-              dropout_row(dropout.state, dropout.rate, row0 + i, width, col0, cols, mask);
-              multiply_row(line, mask, cols);
-            }
-            if (residual_data) {
-              add_row<T>(line, residual_data + (row0 + i) * residual_stride + col0, cols);
-            }
-            store_row(out_data + (row0 + i) * width + col0, line, cols);
-          }
+    share_tasks(tasks, std::min(m, kBlockRows<C>) * std::min(n, kBlockCols) * k, [&](int64_t task) {
+      const int64_t row0 = task / col_blocks * kBlockRows<C>, col0 = task % col_blocks * kBlockCols;
+      const int64_t rows = std::min(kBlockRows<C>, m - row0),
+                    cols = std::min(kBlockCols, width - col0);
+      alignas(64) A tile[2][kBlockRows<C> * kBlockCols];
+      uint16_t kept[kBlockCols / 16];
+      const auto multiply = [&](auto tag, const auto& product) {
+        using E = decltype(tag);
+        Buffer<E> converted;
+        if (!x.template usable<E>()) converted = Buffer<E>(rows * pad_k<E>(k));
+        const auto [a, lda] = x.template as<E>(row0, rows, converted.get());
+        for (int64_t part = 0; part < parts; ++part) product(part, a, lda);
+      };
+      if (few) {
+        multiply(A{}, [&](int64_t part, const A* a, int64_t lda) {
+          const T* b = w.data + (part * width + col0) * w.stride_row;
+          few_rows_gemm(rows, cols, k, a, lda, b, w.stride_row, tile[part], kBlockCols);
         });
+      } else {
+        multiply(C{}, [&](int64_t part, const C* a, int64_t lda) {
+          const C* b = packed_weight[part].get() + col0 * pad_k<C>(k);
+          tile_gemm<C>(rows, cols, k, a, lda, b, tile[part], kBlockCols, false);
+        });
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        ForwardRow<T> row{};
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t offset = part * width + col0;
+          row.sums[part] = tile[part] + i * kBlockCols;
+          if (bias_data) row.bias[part] = bias_data + offset;
+          if (preact_data) row.preact[part] = preact_data + (row0 + i) * n + offset;
+        }
+        if (dropout.on) {
+          dropout_bits(dropout.state, dropout.rate, row0 + i, width, col0, cols, kept);
+          row.kept = kept;
+          row.scale = dropout.rate.scale;
+        }
+        if (residual_data) row.residual = residual_data + (row0 + i) * residual_stride + col0;
+        row.out = out_data + (row0 + i) * width + col0;
+        finish(row, cols);
+      }
+    });
   });
 }
 
-// dP of one row: `grad` is the output's gradient and becomes the gate's; `grad_up` is the up's.
-template <typename T>
-void preact_grad_row(const T* saved, int64_t width, const ActivationRows<accumulate_t<T>>& act,
-                     accumulate_t<T>* grad, accumulate_t<T>* grad_up, accumulate_t<T>* x,
-                     accumulate_t<T>* y) {
-  load_row(x, saved, width);
-  if (act.gated) {
-    act.value(x, y, width);
-    std::copy_n(grad, width, grad_up);
-    multiply_row(grad_up, y, width);
-    load_row(y, saved + width, width);
-    multiply_row(grad, y, width);
-  }
-  act.grad(x, y, width);
-  multiply_row(grad, y, width);
+// One row of dP = act'(saved) * mask * grad, rounded to C, and its share of the bias's gradient.
+// Pairs and nulls as in the forward.
+template <typename T, typename C>
+struct BackwardRow {
+  const T* grad;
+  const T* saved[2];
+  const uint16_t* kept;
+  accumulate_t<T> scale;
+  accumulate_t<T>* bias_sum[2];
+  C* out[2];
+};
+
+template <typename T, typename C, typename Act, bool kGated>
+void backward_row(const BackwardRow<T, C>& row, int64_t n) {
+  using Vec = AccVec<T>;
+  over_row<T>(n, [&](int64_t i, int64_t width) {
+    const auto finish = [&](int part, const Vec& v) {
+      if (row.bias_sum[part]) {
+        store_vec(row.bias_sum[part] + i, load_vec(row.bias_sum[part] + i, width) + v, width);
+      }
+      store_vec(row.out[part] + i, v, width);
+    };
+    Vec grad = load_vec(row.grad + i, width);
+    if (row.kept) grad = keep_lanes(grad * Vec(row.scale), bits_at(row.kept, i));
+    if constexpr (std::is_same_v<Act, Identity>) {
+      finish(0, grad);
+    } else {
+      const Vec x = load_vec(row.saved[0] + i, width);
+      if constexpr (kGated) {
+        finish(0, grad * load_vec(row.saved[1] + i, width) * Act::grad(x));
+        finish(1, grad * Act::value(x));
+      } else {
+        finish(0, grad * Act::grad(x));
+      }
+    }
+  });
 }
 
 template <typename T>
 void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Tensor& weight,
-              const at::Tensor& saved, const Dropout& dropout,
-              const ActivationRows<accumulate_t<T>>& act, std::string_view name,
-              at::Tensor& grad_input, at::Tensor& grad_weight, at::Tensor& grad_bias) {
+              const at::Tensor& saved, const Dropout& dropout, std::string_view activation,
+              bool gated, at::Tensor& grad_input, at::Tensor& grad_weight, at::Tensor& grad_bias) {
   using A = accumulate_t<T>;
   const int64_t m = input.size(0), k = input.size(1), n = weight.size(0);
-  const int64_t width = act.gated ? n / 2 : n;
+  const int64_t parts = gated ? 2 : 1, width = n / parts;
   const bool wants_input = grad_input.numel() > 0, wants_weight = grad_weight.numel() > 0;
-  const bool wants_bias = grad_bias.numel() > 0, linear = name == "identity";
+  const bool wants_bias = grad_bias.numel() > 0;
   const Rows<T> x(input), w(weight);
   const T* grad_data = grad_out.const_data_ptr<T>();
-  const T* saved_data = linear ? nullptr : saved.const_data_ptr<T>();
+  const T* saved_data = saved.numel() ? saved.const_data_ptr<T>() : nullptr;
 
   visit_tile_type<T>([&](auto tag) {
     using C = decltype(tag);
+    const auto make_row = visit_activation(
+        activation, "linear_act_backward",
+        [](auto act, auto gated) { return &backward_row<T, C, decltype(act), gated.value>; });
     const int64_t blocks = ceil_div(m, kBlockRows<C>);
     const auto partial_bias = Buffer<A>(wants_bias ? blocks * n : 0);
     const int64_t deep_m = pad_k<C>(m), deep_n = pad_k<C>(n);
@@ -230,55 +313,61 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
     const auto packed_weight =
         wants_input ? packed<T, C>(w, n, /*transposed=*/false, k) : Buffer<C>();
     const auto transposed = Buffer<C>(wants_weight ? n * ld_m : 0);
-    parallel_tasks(
-        blocks, std::min(m, kBlockRows<C>) * n * (wants_input ? k : 16), [&](int64_t block) {
-          const int64_t row0 = block * kBlockRows<C>, rows = std::min(kBlockRows<C>, m - row0);
-          const auto grad_block = Buffer<C>(rows * ld_n);
-          const auto line = Buffer<A>(n + 2 * width);
-          A* const y = line.get() + n;
-          A* const z = y + width;
-          A* bias_sum = wants_bias ? partial_bias.get() + block * n : nullptr;
-          if (bias_sum) std::fill_n(bias_sum, n, A(0));
-          for (int64_t i = 0; i < rows; ++i) {
-            const int64_t row = row0 + i;
-            load_row(line.get(), grad_data + row * width, width);
-            if (dropout.on) {
-              dropout_row(dropout.state, dropout.rate, row, width, 0, width, y);
-              multiply_row(line.get(), y, width);
-            }
-            if (!linear) {
-              preact_grad_row<T>(saved_data + row * n, width, act, line.get(), line.get() + width,
-                                 y, z);
-            }
-            if (bias_sum) add_row<A>(bias_sum, line.get(), n);
-            C* out = grad_block.get() + i * ld_n;
-            store_row(out, line.get(), n);
-            if (deep_n > n) out[n] = C(0);
-          }
-          if (wants_weight) {
-            transpose(grad_block.get(), ld_n, transposed.get() + row0, ld_m, rows, n);
-            if (row0 + rows == m && deep_m > m) {
-              for (int64_t j = 0; j < n; ++j) transposed.get()[j * ld_m + m] = C(0);
-            }
-          }
-          if (!wants_input) return;
-          alignas(64) A tile[kBlockRows<C> * kBlockCols];
-          T* grad_input_data = grad_input.mutable_data_ptr<T>();
-          for (int64_t col0 = 0; col0 < k; col0 += kBlockCols) {
-            const int64_t cols = std::min(kBlockCols, k - col0);
-            tile_gemm<C>(rows, cols, n, grad_block.get(), ld_n, packed_weight.get() + col0 * deep_n,
-                         tile, kBlockCols, false);
-            for (int64_t i = 0; i < rows; ++i) {
-              store_row(grad_input_data + (row0 + i) * k + col0, tile + i * kBlockCols, cols);
-            }
-          }
-        });
+    const auto packed_input = Buffer<C>(wants_weight ? packed_size<C>(m, k) : 0);
+    const auto run_block = [&](int64_t block) {
+      const int64_t row0 = block * kBlockRows<C>, rows = std::min(kBlockRows<C>, m - row0);
+      const auto grad_block = Buffer<C>(rows * ld_n);
+      const auto kept = Buffer<uint16_t>(dropout.on ? ceil_div(width, kDrawn) * kDrawn / 16 : 0);
+      A* bias_sum = wants_bias ? partial_bias.get() + block * n : nullptr;
+      if (bias_sum) std::fill_n(bias_sum, n, A(0));
+      for (int64_t i = 0; i < rows; ++i) {
+        C* out = grad_block.get() + i * ld_n;
+        BackwardRow<T, C> row{};
+        row.grad = grad_data + (row0 + i) * width;
+        for (int64_t part = 0; part < parts; ++part) {
+          if (saved_data) row.saved[part] = saved_data + (row0 + i) * n + part * width;
+          if (bias_sum) row.bias_sum[part] = bias_sum + part * width;
+          row.out[part] = out + part * width;
+        }
+        if (dropout.on) {
+          dropout_bits(dropout.state, dropout.rate, row0 + i, width, 0, width, kept.get());
+          row.kept = kept.get();
+          row.scale = dropout.rate.scale;
+        }
+        make_row(row, width);
+        if (deep_n > n) out[n] = C(0);
+      }
+      if (wants_weight) {
+        transpose(grad_block.get(), ld_n, transposed.get() + row0, ld_m, rows, n);
+        if (row0 + rows == m && deep_m > m) {
+          for (int64_t j = 0; j < n; ++j) transposed.get()[j * ld_m + m] = C(0);
+        }
+      }
+      if (!wants_input) return;
+      alignas(64) A tile[kBlockRows<C> * kBlockCols];
+      T* grad_input_data = grad_input.mutable_data_ptr<T>();
+      for (int64_t col0 = 0; col0 < k; col0 += kBlockCols) {
+        const int64_t cols = std::min(kBlockCols, k - col0);
+        tile_gemm<C>(rows, cols, n, grad_block.get(), ld_n, packed_weight.get() + col0 * deep_n,
+                     tile, kBlockCols, false);
+        for (int64_t i = 0; i < rows; ++i) {
+          store_row(grad_input_data + (row0 + i) * k + col0, tile + i * kBlockCols, cols);
+        }
+      }
+    };
+    // The input's panels come last, small tasks that even the threads out.
+    const int64_t input_panels = wants_weight ? panels(k) : 0;
+    share_tasks(blocks + input_panels, std::min(m, kBlockRows<C>) * n * (wants_input ? k : 16),
+                [&](int64_t task) {
+                  if (task < blocks) return run_block(task);
+                  pack_panel<T, C>(x.data, x.stride_row, x.stride_col, m, k, task - blocks,
+                                   packed_input.get());
+                });
     if (wants_weight) {
-      const auto packed_input = packed<T, C>(x, m, /*transposed=*/false, k);
       T* grad_weight_data = grad_weight.mutable_data_ptr<T>();
       const int64_t col_blocks = ceil_div(k, kBlockCols);
       const int64_t tasks = ceil_div(n, kBlockRows<C>) * col_blocks;
-      parallel_tasks(
+      share_tasks(
           tasks, std::min(n, kBlockRows<C>) * std::min(k, kBlockCols) * m, [&](int64_t task) {
             const int64_t row0 = task / col_blocks * kBlockRows<C>,
                           col0 = task % col_blocks * kBlockCols;
@@ -322,6 +411,7 @@ std::tuple<at::Tensor, at::Tensor> linear_act_forward_cpu(
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& seed,
     std::string_view activation, double dropout_p, bool save_preact, bool gated) {
   constexpr const char* op = "linear_act_forward";
+  check_activation(activation, gated, op);
   check_operands(input, weight, gated, op);
   check_dropout(dropout_p, seed, op);
   const int64_t k = weight.size(1), n = weight.size(0), width = gated ? n / 2 : n;
@@ -345,11 +435,9 @@ std::tuple<at::Tensor, at::Tensor> linear_act_forward_cpu(
   const Dropout dropout(dropout_p, seed);
   visit_float(input.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const auto act = activation_rows<accumulate_t<T>>(activation, op);
-    FASTNN_CHECK(act.gated == gated, op, "gated", "as the activation is", gated);
     if (out.numel() == 0) return;
     const at::Tensor rows = input.reshape({out.numel() / width, k});
-    forward<T>(rows, weight, bias_row, residual_rows, dropout, act, out, preact);
+    forward<T>(rows, weight, bias_row, residual_rows, dropout, activation, gated, out, preact);
   });
   return {out, preact};
 }
@@ -359,6 +447,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_act_backward_cpu(
     const at::Tensor& saved, const std::optional<at::Tensor>& seed, std::string_view activation,
     double dropout_p, bool gated, std::array<bool, 3> output_mask) {
   constexpr const char* op = "linear_act_backward";
+  check_activation(activation, gated, op);
   check_operands(input, weight, gated, op);
   check_dropout(dropout_p, seed, op);
   const int64_t k = weight.size(1), n = weight.size(0), width = gated ? n / 2 : n;
@@ -380,15 +469,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_act_backward_cpu(
   const Dropout dropout(dropout_p, seed);
   visit_float(input.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const auto act = activation_rows<accumulate_t<T>>(activation, op);
-    FASTNN_CHECK(act.gated == gated, op, "gated", "as the activation is", gated);
     if (n == 0) {
       grad_input.zero_();
       return;
     }
     const int64_t m = grad_out.numel() / width;
     backward<T>(grad_out.contiguous(), input.reshape({m, k}), weight, saved.contiguous(), dropout,
-                act, activation, grad_input, grad_weight, grad_bias);
+                activation, gated, grad_input, grad_weight, grad_bias);
   });
   return {grad_input, grad_weight, grad_bias};
 }
