@@ -39,6 +39,7 @@ class Problem(ctypes.Structure):
         ("class_weight", ctypes.c_void_p), ("weight_sum", ctypes.c_void_p),
         ("ignore_index", ctypes.c_int64), ("label_smoothing", ctypes.c_float),
         ("z_loss", ctypes.c_float), ("softcap", ctypes.c_float),
+        ("row_index", ctypes.c_void_p), ("skip_ignored", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -46,7 +47,9 @@ class Gradient(ctypes.Structure):
     _fields_ = [
         ("grad_loss", ctypes.c_void_p), ("grad_per_row", ctypes.c_bool),
         ("grad_lse", ctypes.c_void_p), ("lse", ctypes.c_void_p), ("total_weight", ctypes.c_void_p),
-        ("grad_logits", ctypes.c_void_p), ("grad_probabilities", ctypes.c_void_p),
+        ("grad_logits", ctypes.c_void_p), ("grad_strides", Strides),
+        ("grad_probabilities", ctypes.c_void_p), ("row_loss", ctypes.c_void_p),
+        ("row_lse", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -188,11 +191,35 @@ class Run:
             grad_loss=pointer(grad_loss), grad_per_row=reduction == "none",
             grad_lse=pointer(grad_lse), lse=pointer(self.lse),
             total_weight=pointer(self.total) if reduction == "mean" else None,
-            grad_logits=pointer(grad_logits), grad_probabilities=pointer(grad_target),
+            grad_logits=pointer(grad_logits), grad_strides=strides_of(rows_view(grad_logits)),
+            grad_probabilities=pointer(grad_target),
         )  # fmt: skip
         assert self.kernels.backward(ctypes.byref(self.problem), ctypes.byref(gradient)) == 0
         self.check_guards()
         return grad_logits, grad_target
+
+    def loss_and_gradient(self, index, seed=1):
+        """One launch, the gradient over the logits; row r of them is row index[r] of the rest."""
+        self.outputs = []
+        self.kernels.set_seed(seed)
+        index = index.int()
+        logits = self.logits.clone()[index.long()]
+        pitch = -(-logits.shape[1] // 8) * 8
+        in_place, buffer = guarded(logits.shape, (pitch, 1), logits.dtype, CANARY)
+        in_place.copy_(logits)
+        row_loss, row_lse = (self.output(self.shape, torch.float32) for _ in range(2))
+        self.problem.logits, self.problem.strides = pointer(in_place), Strides(pitch, 1, 1)
+        self.problem.row_index, self.problem.skip_ignored = pointer(index), True
+        gradient = Gradient(
+            grad_logits=pointer(in_place), grad_strides=self.problem.strides,
+            row_loss=pointer(row_loss), row_lse=pointer(row_lse),
+        )  # fmt: skip
+        assert self.kernels.backward(ctypes.byref(self.problem), ctypes.byref(gradient)) == 0
+        self.check_guards()
+        between = buffer[GUARD:-GUARD].as_strided((len(index) - 1, pitch), (pitch, 1))
+        outside = (buffer[:GUARD], buffer[-GUARD:], between[:, logits.shape[1] :])
+        assert all((part == torch.tensor(CANARY, dtype=part.dtype)).all() for part in outside)
+        return row_loss, row_lse, torch.empty_like(logits).index_copy_(0, index.long(), in_place)
 
 
 def expected(logits, target, weight, options, grad_loss, grad_lse, dtype):
@@ -247,7 +274,8 @@ def check(
 
 
 LAYOUTS = ("contiguous", "offset", "padded", "classes_last")
-# Warps per row, blocks of 256 and of 512 threads per row, lanes per row; prime, one class, one row.
+# Warps, blocks of 256 and of 512 threads, and clusters per row, lanes per row; prime, one class, one
+# row.
 SHAPES = [(5, 1), (1, 2), (9, 7), (11, 131), (3, 1031), (2, 5003), (1, 20011), (97,), (2, 5, 41),
           (3, 37, 3, 2)]  # fmt: skip
 
@@ -285,6 +313,42 @@ def test_options(kernels, name):
     for shape in ((6, 259), (2, 2100), (2, 6, 35)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             check(kernels, shape, dtype, **OPTIONS[name])
+
+
+# A warp, a block and a cluster per row; the last in more than one tile.
+@pytest.mark.parametrize("classes", [5, 37, 300, 2100, 9001, 70003])
+@pytest.mark.parametrize(
+    "name", ["none", "weight", "smoothing_weight", "z_loss", "softcap", "everything", "prob",
+             "prob_everything"],
+)  # fmt: skip
+def test_loss_and_gradient_in_one_launch(kernels, classes, name):
+    options = {**OPTIONS[name], "reduction": "none", "ignore_index": -100}
+    prob, weighted = options.pop("prob", False), options.pop("weighted", False)
+    options.pop("with_lse", None)
+    rows = 2 if classes > 9001 else 6
+    if classes > 9001 and name not in ("none", "prob_everything"):
+        pytest.skip("thousands of fibers")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        generator = torch.Generator().manual_seed(classes)
+        logits = (3.0 * torch.randn(rows, classes, generator=generator)).to(dtype)
+        target = torch.randint(classes, (rows,), generator=generator)
+        target[1] = -100
+        if prob:
+            target = torch.rand(rows, classes, generator=generator).softmax(1).to(dtype)
+        weight = (torch.rand(classes, generator=generator) + 0.5).to(dtype) if weighted else None
+        index = torch.arange(rows) if prob else torch.randperm(rows, generator=generator)
+        run = Run(kernels, logits, target, weight, options, "contiguous")
+        results = run.loss_and_gradient(index)
+        ones = torch.ones(rows)
+        oracle = expected(logits, target, weight, options, ones, None, torch.float64)
+        torchs = expected(logits, target, weight, options, ones, None, dtype)
+        for what, ours, theirs, exact in zip(
+            ("loss", "lse", "gradient"), results, torchs, oracle, strict=False
+        ):
+            if what == "lse" and not prob:
+                assert ours[1] == 0
+                ours, theirs, exact = (torch.cat([t[:1], t[2:]]) for t in (ours, theirs, exact))
+            assert_close_to_oracle(ours.to(theirs.dtype), theirs, exact, what=what)
 
 
 def test_packets_and_elements_of_probabilities(kernels):
