@@ -53,22 +53,30 @@ class Gradient(ctypes.Structure):
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def built(tmp_path_factory, stem):
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs a C++ compiler with _Float16 on x86-64")
-    library = tmp_path_factory.mktemp("cuda_on_host") / "cross_entropy.so"
+    library = tmp_path_factory.mktemp("cuda_on_host") / f"{stem}.so"
     command = [
         compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas",
         "-fsanitize=alignment,signed-integer-overflow,shift,bounds",
         "-fsanitize-undefined-trap-on-error", f"-I{ROOT / 'tests/cuda_on_host'}",
-        f"-I{ROOT / 'csrc'}", str(ROOT / "tests/cuda_on_host/cross_entropy.cpp"),
-        "-o", str(library),
+        f"-I{ROOT / 'csrc'}", str(ROOT / f"tests/cuda_on_host/{stem}.cpp"), "-o", str(library),
     ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return built(tmp_path_factory, "cross_entropy")
+
+
+@pytest.fixture(scope="module")
+def linear_kernels(tmp_path_factory):
+    return built(tmp_path_factory, "linear_cross_entropy")
 
 
 def guarded(shape, strides, dtype, fill, offset=0):
@@ -274,8 +282,7 @@ def check(
 
 
 LAYOUTS = ("contiguous", "offset", "padded", "classes_last")
-# Warps, blocks of 256 and of 512 threads, and clusters per row, lanes per row; prime, one class, one
-# row.
+# Warps, blocks of 256 and of 512 threads, and clusters per row; lanes per row; prime; one class.
 SHAPES = [(5, 1), (1, 2), (9, 7), (11, 131), (3, 1031), (2, 5003), (1, 20011), (97,), (2, 5, 41),
           (3, 37, 3, 2)]  # fmt: skip
 
@@ -464,3 +471,80 @@ def test_offsets_past_two_to_the_31(kernels, strides):
     oracle, torchs = expected(*arguments, torch.float64), expected(*arguments, torch.bfloat16)
     assert_close_to_oracle(loss.to(torch.bfloat16), torchs[0], oracle[0], what="loss")
     assert_close_to_oracle(gradient, torchs[2], oracle[2], what="gradient")
+
+
+# What linear cross-entropy has beside it
+
+
+def call(function, *arguments):
+    kinds = {int: ctypes.c_int64, bool: ctypes.c_bool, type(None): lambda _: None}
+    converted = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else kinds[type(a)](a)
+        for a in arguments
+    ]
+    assert function(*converted) == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 1024, 2500])
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
+def test_rows_are_compacted(linear_kernels, rows, ignored):
+    target = torch.randint(0, 9, (rows,))
+    target[torch.rand(rows) < ignored] = -100
+    target[1::50] = 9  # out of range: kept, and without weight
+    weight = torch.rand(9)
+    place, kept = torch.full((rows,), -1, dtype=torch.int32), torch.full((1,), -1).int()
+    row_weight = torch.full((rows,), CANARY)
+    call(linear_kernels.compact, target, rows, 9, -100, weight, place, kept, row_weight)
+    keeps = target != -100
+    assert kept == keeps.sum()
+    assert torch.equal(place[:kept].long(), keeps.nonzero()[:, 0])
+    assert torch.equal(place[kept:].long().sort()[0], (~keeps).nonzero()[:, 0])
+    counted = keeps & (target < 9)
+    assert torch.equal(row_weight, torch.where(counted, weight[target.clamp(0, 8)], 0.0))
+
+
+@pytest.mark.parametrize("features", [1, 7, 16, 4100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_moved(linear_kernels, features, dtype):
+    rows, first, count = 9, 2, 5
+    kept = torch.tensor([5], dtype=torch.int32)
+    place = torch.randperm(rows).int()
+    whole, _ = guarded((rows, features), (features + 8, 1), dtype, math.nan)
+    whole.copy_(torch.randn(rows, features))
+    chunk, buffer = guarded((count, features), (features, 1), dtype, CANARY)
+    e = dtype.itemsize
+    sizes = (features * e, e, place[first:], kept, first, count)
+    call(linear_kernels.move, whole, (features + 8) * e, chunk, features * e, *sizes, False)
+    wanted = whole[place[first : first + count].long()]
+    wanted[3:] = 0  # places 5 and 6 have ignored rows
+    assert torch.equal(chunk, wanted)
+    assert (buffer[:GUARD] == torch.tensor(CANARY, dtype=dtype)).all()
+    back = torch.full((rows, features), CANARY, dtype=dtype)
+    call(linear_kernels.move, chunk, features * e, back, features * e, *sizes, True)
+    assert torch.equal(back[place[first : first + count].long()], wanted)
+    rest = torch.cat([place[:first], place[first + count :]]).long()
+    assert (back[rest] == torch.tensor(CANARY, dtype=dtype)).all()
+
+
+def test_gemm_scalars(linear_kernels):
+    out, total = torch.zeros(3), torch.tensor([4.0])
+    for weight, kept, wanted in ((total, 3, 0.25), (None, 3, 1.0), (total * 0, 0, 0.0)):
+        kept = torch.tensor([kept], dtype=torch.int32)
+        call(linear_kernels.scalars, weight, kept, out)
+        assert out.tolist() == [wanted, 0.0, 1.0]
+    call(linear_kernels.scalars, total, None, out)
+    assert out[0] == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scale(linear_kernels, dtype):
+    for count in (0, 1, 5, 4099, 600_001):
+        data, buffer = guarded((max(count, 1),), (1,), dtype, CANARY, offset=3)
+        data.copy_(torch.randn(max(count, 1)))
+        for factor in (1.0, 0.3):
+            scale = torch.tensor(factor)
+            wanted = data * scale if count else data.clone()
+            call(linear_kernels.scale, data, DTYPES[dtype], count, scale)
+            assert torch.equal(data, wanted)
+        assert (buffer[: GUARD + 3] == torch.tensor(CANARY, dtype=dtype)).all()
+        assert (buffer[GUARD + 3 + max(count, 1) :] == torch.tensor(CANARY, dtype=dtype)).all()

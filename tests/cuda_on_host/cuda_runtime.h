@@ -224,6 +224,19 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
 
 inline void __syncthreads() { on_host::wait(on_host::block->all, false); }
 
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const int lane = threadIdx.x % on_host::kWarpSize;
+  auto& barrier = on_host::block->warps[threadIdx.x / on_host::kWarpSize];
+  barrier.slots[barrier.generation % 2][lane] = predicate;
+  const int set = on_host::wait(barrier, false);
+  unsigned ballot = 0;
+  for (int other = 0; other < on_host::kWarpSize; ++other) {
+    ballot |= static_cast<unsigned>(barrier.slots[set][other] != 0.f) << other;
+  }
+  return ballot;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 inline void __syncwarp() {
   on_host::wait(on_host::block->warps[threadIdx.x / on_host::kWarpSize], false);
 }
