@@ -13,7 +13,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "cuda/loss_arguments.h"
+#include "cuda/loss_binding.h"
 
 namespace fastnn {
 

@@ -31,7 +31,7 @@
 #include <tuple>
 
 #include "cuda/linear_cross_entropy.h"
-#include "cuda/loss_arguments.h"
+#include "cuda/loss_binding.h"
 
 namespace fastnn {
 
