@@ -84,6 +84,11 @@ def check(tensors, target, workspace_bytes=None, **options):
         assert_close_to_oracle(*results, what=what)
 
 
+def assert_near(ours, other):
+    """The same numbers by another order of bfloat16's roundings."""
+    assert (ours - other).abs().max() <= 0.01 * other.abs().max() and other.any()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -199,7 +204,7 @@ def test_backward_twice(upstream):
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     second = torch.autograd.grad(loss, leaves)
     for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
+        assert_near(a, b)
 
 
 def training_step(tensors, target, options):
@@ -284,9 +289,8 @@ def test_logits_past_two_to_the_31():
         linear_cross_entropy, (x, w), target, workspace_bytes=rows * classes * 2
     )
     chunked = evaluate(linear_cross_entropy, (x, w), target, workspace_bytes=1 << 30)
-    torch.testing.assert_close(loss, chunked[0], rtol=1e-3, atol=0)
-    torch.testing.assert_close(grad_x, chunked[1], rtol=2e-2, atol=1e-9)
-    torch.testing.assert_close(grad_w, chunked[2], rtol=2e-2, atol=1e-8)
+    for a, b in zip((loss, grad_x, grad_w), chunked, strict=True):
+        assert_near(a, b)
 
 
 def test_peak_memory(serving):
