@@ -494,15 +494,15 @@ def parameters(*families: str) -> list:
 
 def make_inputs(case: Case, device: torch.device) -> dict:
     """The case's tensors: N(0, 1) values (weights scaled by 1/sqrt(fan in)), uniform labels."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
 
     def normal(*shape, scale=1.0):
-        values = torch.randn(shape, generator=generator).mul_(scale)
-        values = values.to(DTYPES[case.dtype]).to(device)
+        values = torch.randn(shape, generator=generator, device=device).mul_(scale)
+        values = values.to(DTYPES[case.dtype])
         return values.requires_grad_(case.backward)
 
     def labels(classes, rows):
-        return torch.randint(classes, (rows,), generator=generator).to(device)
+        return torch.randint(classes, (rows,), generator=generator, device=device)
 
     return FAMILIES[case.family].inputs(case, normal, labels)
 
@@ -528,8 +528,9 @@ def _upstream(case: Case, out: torch.Tensor) -> torch.Tensor:
     """The gradient that reaches the call: N(0, 1), or 1 for a loss."""
     if not out.dim():
         return torch.ones_like(out)
-    generator = torch.Generator().manual_seed(SEED + 1)
-    return torch.randn(out.shape, generator=generator).to(DTYPES[case.dtype]).to(out)
+    generator = torch.Generator(out.device).manual_seed(SEED + 1)
+    values = torch.randn(out.shape, generator=generator, device=out.device)
+    return values.to(DTYPES[case.dtype]).to(out)
 
 
 def prepare(case: Case, provider: Provider, tensors: dict) -> Callable[[], tuple]:

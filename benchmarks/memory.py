@@ -70,7 +70,7 @@ def _cpu_peak(step) -> tuple[int, tuple]:
     return peak, result
 
 
-def _cuda_peak(step, device) -> tuple[int, tuple]:
+def cuda_peak(step, device) -> tuple[int, tuple]:
     step()
     gc.collect()
     torch.cuda.synchronize(device)
@@ -84,7 +84,7 @@ def _cuda_peak(step, device) -> tuple[int, tuple]:
 def measure_here(case: common.Case, provider: common.Provider, device: torch.device) -> dict:
     step = common.prepare(case, provider, common.make_inputs(case, device))
     with provider.context():
-        peak, result = _cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
+        peak, result = cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
     results = sum(t.nbytes for t in result)
     return {"peak_bytes": peak, "result_bytes": results, "extra_bytes": max(0, peak - results)}
 

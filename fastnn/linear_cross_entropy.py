@@ -56,10 +56,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             return None, *gradients, *(None,) * 6
         if ctx.units is not None and grad_lse is None:
             gradients, ctx.units = ctx.units, None
-            # No look at the value on CUDA, which would wait for the device.
-            if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
-                for gradient in gradients:
-                    gradient.mul_(grad_loss)
+            for gradient in gradients:
+                ctx.ops.scale_(gradient, grad_loss)
         else:
             if grad_loss is None:
                 grad_loss = lse.new_zeros(lse.shape if ctx.options[0] == "none" else ())
@@ -160,7 +158,7 @@ def linear_cross_entropy(
         IndexError: a label out of range, on the CPU (NaN on CUDA).
         TypeError: an argument that is no tensor.
     Backends:
-        native (CPU), triton, reference.
+        native (CPU, CUDA), triton, reference.
     Reference:
         Wijmans et al. 2024 (arXiv:2411.09009) for the problem; Hsu et al. 2024 (arXiv:2410.10989)
         for gradients made in the forward, by chunks.

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, common, machine, memory, report, runner
+from benchmarks import accuracy, common, gpu_cases, machine, memory, report, runner
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFLIGHT = ROOT / ".ci" / "preflight.py"
@@ -288,3 +289,31 @@ def test_make_names_a_missing_python():
     )  # fmt: skip
     assert run.returncode != 0
     assert run.stderr.startswith("fastnn: no-such-python was not found: install Python 3.10")
+
+
+def test_gpu_table():
+    """What needs no GPU of it: the cases are sound, and the lower bounds do the work they bound."""
+    labels = [(case.family, case.label) for case in gpu_cases.CASES]
+    assert len(set(labels)) == len(labels)
+    assert all(case.amount(case.flops) > 0 < case.amount(case.bytes) for case in gpu_cases.CASES)
+    cpu, bound = torch.device("cpu"), gpu_cases.PROVIDERS[0]
+    for case in (
+        common.linear_cross_entropy(6, 4, 9, "fp32", True),
+        common.linear_act("gelu", 6, 4, 9, "fp32", False, "gelu"),
+        common.cross_entropy(6, 9, "fp32", True),
+    ):
+        tensors = common.make_inputs(case, cpu)
+        results = gpu_cases._step(case, bound, tensors)()
+        if case.family == "cross_entropy":
+            assert 2 * results[0].nbytes == case.amount(case.bytes)
+        else:
+            wanted = tensors["input"] @ tensors["weight"].t()
+            torch.testing.assert_close(results[0], wanted)
+            shapes = [tuple(t.shape) for t in results[1:]]
+            assert shapes == ([(6, 4), (9, 4)] if case.backward else [])
+        assert bound.refusal(case, cpu) is None
+    ignoring = next(case for case in gpu_cases.CASES if case.options.get("ignored"))
+    small = dataclasses.replace(ignoring, sizes={"N": 8, "D": 4, "V": 9})
+    assert (gpu_cases._inputs(small, cpu)["target"] == -100).sum() == 4
+    row = {"label": "x", "providers": {"native": {"failed": "RuntimeError: no"}}}
+    assert "no" in gpu_cases.line(row)

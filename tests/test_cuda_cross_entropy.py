@@ -12,7 +12,7 @@ from fastnn import _ops
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# One class, prime, a warp and a block per row, lanes per row, no rows.
+# One class, prime, a warp and a block per row, clusters (few rows), lanes per row, no rows.
 SHAPES = [
     (5, 1), (64, 131), (8192, 1000), (7, 50257), (3, 262144), (97,), (4, 21, 65, 3), (2, 5, 40),
     (0, 5), (3, 5, 0),
@@ -92,7 +92,7 @@ def test_shapes_and_layouts(shape, layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, dtype):
-    for shape in ((65, 259), (9, 32000), (2, 6, 35)):
+    for shape in ((65, 259), (9, 32000), (600, 40000), (2, 6, 35)):
         check(shape, dtype, **OPTIONS[name])
 
 
@@ -108,6 +108,7 @@ def test_invalid_labels_give_nan():
     assert (gradient[2] == 0).all() and gradient[3].isfinite().all()
 
 
+@pytest.mark.slow
 def test_more_elements_than_32_bits_count():
     classes = 131072
     rows = 2**31 // classes + 3
@@ -184,6 +185,15 @@ def test_runs_on_the_current_stream():
     stream.synchronize()
     for ours, theirs in zip(got, wanted, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_another_device():
+    logits, target, _ = inputs((33, 5000), torch.bfloat16)
+    wanted = step(logits, target, {})
+    with torch.cuda.device(0):
+        got = step(logits.to("cuda:1"), target.to("cuda:1"), {})
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, wanted, strict=True))
 
 
 def test_unwanted_gradients_are_empty():

@@ -39,6 +39,7 @@ class Problem(ctypes.Structure):
         ("class_weight", ctypes.c_void_p), ("weight_sum", ctypes.c_void_p),
         ("ignore_index", ctypes.c_int64), ("label_smoothing", ctypes.c_float),
         ("z_loss", ctypes.c_float), ("softcap", ctypes.c_float),
+        ("row_index", ctypes.c_void_p), ("skip_ignored", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -46,26 +47,36 @@ class Gradient(ctypes.Structure):
     _fields_ = [
         ("grad_loss", ctypes.c_void_p), ("grad_per_row", ctypes.c_bool),
         ("grad_lse", ctypes.c_void_p), ("lse", ctypes.c_void_p), ("total_weight", ctypes.c_void_p),
-        ("grad_logits", ctypes.c_void_p), ("grad_probabilities", ctypes.c_void_p),
+        ("grad_logits", ctypes.c_void_p), ("grad_strides", Strides),
+        ("grad_probabilities", ctypes.c_void_p), ("row_loss", ctypes.c_void_p),
+        ("row_lse", ctypes.c_void_p),
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def built(tmp_path_factory, stem):
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs a C++ compiler with _Float16 on x86-64")
-    library = tmp_path_factory.mktemp("cuda_on_host") / "cross_entropy.so"
+    library = tmp_path_factory.mktemp("cuda_on_host") / f"{stem}.so"
     command = [
         compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas",
         "-fsanitize=alignment,signed-integer-overflow,shift,bounds",
         "-fsanitize-undefined-trap-on-error", f"-I{ROOT / 'tests/cuda_on_host'}",
-        f"-I{ROOT / 'csrc'}", str(ROOT / "tests/cuda_on_host/cross_entropy.cpp"),
-        "-o", str(library),
+        f"-I{ROOT / 'csrc'}", str(ROOT / f"tests/cuda_on_host/{stem}.cpp"), "-o", str(library),
     ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return built(tmp_path_factory, "cross_entropy")
+
+
+@pytest.fixture(scope="module")
+def linear_kernels(tmp_path_factory):
+    return built(tmp_path_factory, "linear_cross_entropy")
 
 
 def guarded(shape, strides, dtype, fill, offset=0):
@@ -188,11 +199,35 @@ class Run:
             grad_loss=pointer(grad_loss), grad_per_row=reduction == "none",
             grad_lse=pointer(grad_lse), lse=pointer(self.lse),
             total_weight=pointer(self.total) if reduction == "mean" else None,
-            grad_logits=pointer(grad_logits), grad_probabilities=pointer(grad_target),
+            grad_logits=pointer(grad_logits), grad_strides=strides_of(rows_view(grad_logits)),
+            grad_probabilities=pointer(grad_target),
         )  # fmt: skip
         assert self.kernels.backward(ctypes.byref(self.problem), ctypes.byref(gradient)) == 0
         self.check_guards()
         return grad_logits, grad_target
+
+    def loss_and_gradient(self, index, seed=1):
+        """One launch, the gradient over the logits; row r of them is row index[r] of the rest."""
+        self.outputs = []
+        self.kernels.set_seed(seed)
+        index = index.int()
+        logits = self.logits.clone()[index.long()]
+        pitch = -(-logits.shape[1] // 8) * 8
+        in_place, buffer = guarded(logits.shape, (pitch, 1), logits.dtype, CANARY)
+        in_place.copy_(logits)
+        row_loss, row_lse = (self.output(self.shape, torch.float32) for _ in range(2))
+        self.problem.logits, self.problem.strides = pointer(in_place), Strides(pitch, 1, 1)
+        self.problem.row_index, self.problem.skip_ignored = pointer(index), True
+        gradient = Gradient(
+            grad_logits=pointer(in_place), grad_strides=self.problem.strides,
+            row_loss=pointer(row_loss), row_lse=pointer(row_lse),
+        )  # fmt: skip
+        assert self.kernels.backward(ctypes.byref(self.problem), ctypes.byref(gradient)) == 0
+        self.check_guards()
+        between = buffer[GUARD:-GUARD].as_strided((len(index) - 1, pitch), (pitch, 1))
+        outside = (buffer[:GUARD], buffer[-GUARD:], between[:, logits.shape[1] :])
+        assert all((part == torch.tensor(CANARY, dtype=part.dtype)).all() for part in outside)
+        return row_loss, row_lse, torch.empty_like(logits).index_copy_(0, index.long(), in_place)
 
 
 def expected(logits, target, weight, options, grad_loss, grad_lse, dtype):
@@ -247,7 +282,7 @@ def check(
 
 
 LAYOUTS = ("contiguous", "offset", "padded", "classes_last")
-# Warps per row, blocks of 256 and of 512 threads per row, lanes per row; prime, one class, one row.
+# Warps, blocks of 256 and of 512 threads, and clusters per row; lanes per row; prime; one class.
 SHAPES = [(5, 1), (1, 2), (9, 7), (11, 131), (3, 1031), (2, 5003), (1, 20011), (97,), (2, 5, 41),
           (3, 37, 3, 2)]  # fmt: skip
 
@@ -285,6 +320,42 @@ def test_options(kernels, name):
     for shape in ((6, 259), (2, 2100), (2, 6, 35)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             check(kernels, shape, dtype, **OPTIONS[name])
+
+
+# A warp, a block and a cluster per row; the last in more than one tile.
+@pytest.mark.parametrize("classes", [5, 37, 300, 2100, 9001, 70003])
+@pytest.mark.parametrize(
+    "name", ["none", "weight", "smoothing_weight", "z_loss", "softcap", "everything", "prob",
+             "prob_everything"],
+)  # fmt: skip
+def test_loss_and_gradient_in_one_launch(kernels, classes, name):
+    options = {**OPTIONS[name], "reduction": "none", "ignore_index": -100}
+    prob, weighted = options.pop("prob", False), options.pop("weighted", False)
+    options.pop("with_lse", None)
+    rows = 2 if classes > 9001 else 6
+    if classes > 9001 and name not in ("none", "prob_everything"):
+        pytest.skip("thousands of fibers")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        generator = torch.Generator().manual_seed(classes)
+        logits = (3.0 * torch.randn(rows, classes, generator=generator)).to(dtype)
+        target = torch.randint(classes, (rows,), generator=generator)
+        target[1] = -100
+        if prob:
+            target = torch.rand(rows, classes, generator=generator).softmax(1).to(dtype)
+        weight = (torch.rand(classes, generator=generator) + 0.5).to(dtype) if weighted else None
+        index = torch.arange(rows) if prob else torch.randperm(rows, generator=generator)
+        run = Run(kernels, logits, target, weight, options, "contiguous")
+        results = run.loss_and_gradient(index)
+        ones = torch.ones(rows)
+        oracle = expected(logits, target, weight, options, ones, None, torch.float64)
+        torchs = expected(logits, target, weight, options, ones, None, dtype)
+        for what, ours, theirs, exact in zip(
+            ("loss", "lse", "gradient"), results, torchs, oracle, strict=False
+        ):
+            if what == "lse" and not prob:
+                assert ours[1] == 0
+                ours, theirs, exact = (torch.cat([t[:1], t[2:]]) for t in (ours, theirs, exact))
+            assert_close_to_oracle(ours.to(theirs.dtype), theirs, exact, what=what)
 
 
 def test_packets_and_elements_of_probabilities(kernels):
@@ -400,3 +471,80 @@ def test_offsets_past_two_to_the_31(kernels, strides):
     oracle, torchs = expected(*arguments, torch.float64), expected(*arguments, torch.bfloat16)
     assert_close_to_oracle(loss.to(torch.bfloat16), torchs[0], oracle[0], what="loss")
     assert_close_to_oracle(gradient, torchs[2], oracle[2], what="gradient")
+
+
+# What linear cross-entropy has beside it
+
+
+def call(function, *arguments):
+    kinds = {int: ctypes.c_int64, bool: ctypes.c_bool, type(None): lambda _: None}
+    converted = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else kinds[type(a)](a)
+        for a in arguments
+    ]
+    assert function(*converted) == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 1024, 2500])
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
+def test_rows_are_compacted(linear_kernels, rows, ignored):
+    target = torch.randint(0, 9, (rows,))
+    target[torch.rand(rows) < ignored] = -100
+    target[1::50] = 9  # out of range: kept, and without weight
+    weight = torch.rand(9)
+    place, kept = torch.full((rows,), -1, dtype=torch.int32), torch.full((1,), -1).int()
+    row_weight = torch.full((rows,), CANARY)
+    call(linear_kernels.compact, target, rows, 9, -100, weight, place, kept, row_weight)
+    keeps = target != -100
+    assert kept == keeps.sum()
+    assert torch.equal(place[:kept].long(), keeps.nonzero()[:, 0])
+    assert torch.equal(place[kept:].long().sort()[0], (~keeps).nonzero()[:, 0])
+    counted = keeps & (target < 9)
+    assert torch.equal(row_weight, torch.where(counted, weight[target.clamp(0, 8)], 0.0))
+
+
+@pytest.mark.parametrize("features", [1, 7, 16, 4100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_moved(linear_kernels, features, dtype):
+    rows, first, count = 9, 2, 5
+    kept = torch.tensor([5], dtype=torch.int32)
+    place = torch.randperm(rows).int()
+    whole, _ = guarded((rows, features), (features + 8, 1), dtype, math.nan)
+    whole.copy_(torch.randn(rows, features))
+    chunk, buffer = guarded((count, features), (features, 1), dtype, CANARY)
+    e = dtype.itemsize
+    sizes = (features * e, e, place[first:], kept, first, count)
+    call(linear_kernels.move, whole, (features + 8) * e, chunk, features * e, *sizes, False)
+    wanted = whole[place[first : first + count].long()]
+    wanted[3:] = 0  # places 5 and 6 have ignored rows
+    assert torch.equal(chunk, wanted)
+    assert (buffer[:GUARD] == torch.tensor(CANARY, dtype=dtype)).all()
+    back = torch.full((rows, features), CANARY, dtype=dtype)
+    call(linear_kernels.move, chunk, features * e, back, features * e, *sizes, True)
+    assert torch.equal(back[place[first : first + count].long()], wanted)
+    rest = torch.cat([place[:first], place[first + count :]]).long()
+    assert (back[rest] == torch.tensor(CANARY, dtype=dtype)).all()
+
+
+def test_gemm_scalars(linear_kernels):
+    out, total = torch.zeros(3), torch.tensor([4.0])
+    for weight, kept, wanted in ((total, 3, 0.25), (None, 3, 1.0), (total * 0, 0, 0.0)):
+        kept = torch.tensor([kept], dtype=torch.int32)
+        call(linear_kernels.scalars, weight, kept, out)
+        assert out.tolist() == [wanted, 0.0, 1.0]
+    call(linear_kernels.scalars, total, None, out)
+    assert out[0] == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scale(linear_kernels, dtype):
+    for count in (0, 1, 5, 4099, 600_001):
+        data, buffer = guarded((max(count, 1),), (1,), dtype, CANARY, offset=3)
+        data.copy_(torch.randn(max(count, 1)))
+        for factor in (1.0, 0.3):
+            scale = torch.tensor(factor)
+            wanted = data * scale if count else data.clone()
+            call(linear_kernels.scale, data, DTYPES[dtype], count, scale)
+            assert torch.equal(data, wanted)
+        assert (buffer[: GUARD + 3] == torch.tensor(CANARY, dtype=dtype)).all()
+        assert (buffer[GUARD + 3 + max(count, 1) :] == torch.tensor(CANARY, dtype=dtype)).all()

@@ -314,6 +314,17 @@ def test_the_logits_are_never_held():
     assert 4 * v <= largest.elements < n * v // 4
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_scale(dtype):
+    for count in (0, 1, 5000):
+        for factor in (1.0, 0.3):
+            x = draw(count, dtype=dtype)
+            scale = torch.tensor(factor, device=DEVICE)
+            wanted = x * scale
+            tritonops.scale_(x, scale)
+            assert torch.equal(x, wanted)
+
+
 def test_operators_are_registered():
     assert _ops.TRITON_MISSING is None
     namespace = torch.ops.fastnn_triton

@@ -14,6 +14,7 @@ from tritonops.linear_act import dropout, linear_act_backward, linear_act_forwar
 from tritonops.linear_cross_entropy import (
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
+    scale_,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "linear_cross_entropy_backward",
     "linear_cross_entropy_forward",
     "refusal",
+    "scale_",
 ]
 
 _REFUSALS = {

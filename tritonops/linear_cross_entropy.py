@@ -93,6 +93,28 @@ def loss_and_gradient_kernel(
         tl.store(place, rounded(gradient, logits_ptr.dtype.element_ty), mask=inside_cols)
 
 
+@triton.jit
+def scale_kernel(tensor_ptr, scale_ptr, count, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr).to(tl.float32)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    while (start < count) & (scale != 1.0):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < count
+        x = tl.load(tensor_ptr + place, mask=inside, other=0.0).to(tl.float32) * scale
+        tl.store(tensor_ptr + place, rounded(x, tensor_ptr.dtype.element_ty), mask=inside)
+        start += step
+
+
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024  # programs that stride: without work they cost a launch
+
+
+def scale_(tensor, scale):
+    if tensor.numel():
+        programs = min(triton.cdiv(tensor.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+        scale_kernel[(programs,)](tensor, scale, tensor.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+
+
 class _Chunks:
     """The rows in chunks of equal size, and the one buffer that holds a chunk's logits."""
 
@@ -242,6 +264,8 @@ def aot():
         pointers = aot_pointers(dtype, loss_and_gradient_kernel.arg_names, full)
         switches = {"SMOOTHING": full, "SOFTCAP": full, "HAS_WEIGHT": full, "MEAN": True}
         yield aot_case(loss_and_gradient_kernel, pointers, switches, tile)
+    tile = triton.Config({"BLOCK": SCALE_BLOCK}, num_warps=8)
+    yield aot_case(scale_kernel, {"tensor_ptr": "*bf16", "scale_ptr": "*fp32"}, {}, tile)
     pointers = {"target_ptr": "*i64", "weight_ptr": "*fp32", "row_weight_ptr": "*fp32"}
     tile = triton.Config({"BLOCK": 1024}, num_warps=4)
     yield aot_case(row_weight_kernel, pointers, {"HAS_WEIGHT": True}, tile)

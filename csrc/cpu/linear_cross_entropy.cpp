@@ -418,6 +418,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_backward_cpu
   return {r.grad_input, r.grad_weight, r.grad_bias};
 }
 
+void scale_cpu(at::Tensor& tensor, const at::Tensor& scale) {
+  const at::AutoDispatchBelowADInplaceOrView no_grad;
+  if (scale.item<double>() != 1.0) tensor.mul_(scale);
+}
+
 }  // namespace
 }  // namespace CPU_CAPABILITY
 }  // namespace fastnn
@@ -425,4 +430,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_backward_cpu
 FASTNN_CPU_KERNELS(m) {
   m.impl("linear_cross_entropy_forward", fastnn::linear_cross_entropy_forward_cpu);
   m.impl("linear_cross_entropy_backward", fastnn::linear_cross_entropy_backward_cpu);
+  m.impl("scale_", fastnn::scale_cpu);
 }

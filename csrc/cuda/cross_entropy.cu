@@ -3,12 +3,17 @@
 //   labels:        loss = (1 - e) w_t (lse - x_t) + e/C sum_c w_c (lse - x_c) + z_loss lse^2
 //   probabilities: loss = sum_c u_c (lse - x_c) + z_loss lse^2
 // One pass with the online softmax (Milakov and Gimelshein 2018, algorithm 3).
-// Work: a row per warp (few classes), per block, or per lane (classes strided, rows adjacent).
-// Memory: one read of the logits forward; one read and one write backward. 16-byte packets where
-// the classes are contiguous and both sides are aligned alike, else single elements at any stride.
+// Work: a row per warp (few classes), per block, per cluster of blocks (many classes that are
+// passed
+//   over twice, or few rows), or per lane (classes strided, rows adjacent).
+// Memory: one read of the logits forward; one read and one write backward, and in the launch that
+//   makes loss and gradient at once: between its two passes a row stays in the registers of its
+//   block or cluster (131072 classes of 2 bytes; beyond, the rest is read again from the L2).
+//   16-byte packets where the classes are contiguous and both sides are aligned alike, else single
+//   elements at any stride.
 // Numerics: float throughout; lse enters the loss as log(sum) and max apart, so that a common
-// offset of the logits costs no accuracy; the backward takes them apart again where lse is large.
-// Limits: at most 2^30 classes. No atomics: same inputs, same bits.
+//   offset of the logits costs no accuracy; the backward takes them apart again where lse is large.
+// Limits: at most 2^30 classes and 2^31 - 1 rows. No atomics: same inputs, same bits.
 #include <algorithm>
 
 #include "cross_entropy.h"
@@ -27,52 +32,85 @@ __device__ __forceinline__ Label classify(const CrossEntropyProblem& p, int64_t 
   return label >= 0 && label < p.classes ? Label::kCounted : Label::kInvalid;
 }
 
-template <typename T, bool kVector, bool kProb>
-__global__ void __launch_bounds__(kMaxThreads, kProb ? 1 : 2)
+// What the leading thread of a row knows of its label.
+struct RowLabel {
+  Label kind = Label::kCounted;
+  int index = -1;  // where counted
+  float logit = 0.f, weight = 0.f;
+};
+
+template <typename R>
+__device__ __forceinline__ RowLabel read_label(const CrossEntropyProblem& p, const R& row,
+                                               bool wants_logit) {
+  RowLabel label;
+  const int64_t value = p.labels[row.place];
+  label.kind = classify(p, value);
+  if (label.kind == Label::kCounted) {
+    label.index = static_cast<int>(value);
+    label.weight = row.weight(label.index);
+    if (wants_logit) label.logit = to_float(row.logits[label.index * row.stride]);
+  }
+  return label;
+}
+
+// A row with an infinite logit has NaN for its sum; its log-sum-exp is that logit.
+__device__ __forceinline__ float lse_of(float max, float log_sum) {
+  return max == INFINITY ? max : max + log_sum;
+}
+
+template <typename R>
+__device__ __forceinline__ float row_loss_of(const CrossEntropyProblem& p, const R& row,
+                                             const RowLabel& label, const SoftmaxSums& sums,
+                                             float lse) {
+  if (label.kind == Label::kIgnored) return 0.f;
+  if (label.kind == Label::kInvalid) return not_a_number();
+  const float log_sum = logf(sums.sum);
+  float loss = sums.weight * log_sum - sums.deviation;
+  if (!R::kProb) {
+    const float smoothed = !R::kPlain && p.label_smoothing > 0.f ? row.spread * loss : 0.f;
+    loss = row.keep * label.weight * (log_sum + (sums.max - row.capped(label.logit))) + smoothed;
+  }
+  if (p.z_loss != 0.f) loss += p.z_loss * lse * lse;
+  return loss;
+}
+
+// Blocks of kMaxThreads that a multiprocessor has registers for.
+constexpr int blocks_of(Kind kind) { return kind == Kind::kPlain ? 2 : 1; }
+
+template <typename T, bool kVector, Kind kKind>
+__global__ void __launch_bounds__(kMaxThreads, blocks_of(kKind))
     cross_entropy_forward_kernel(const __grid_constant__ CrossEntropyProblem p, Layout layout,
                                  float* __restrict__ row_loss, float* __restrict__ row_lse,
                                  float* __restrict__ row_weight) {
-  __shared__ SoftmaxSums shared[kSharedThreads];
+  using R = Row<T, kKind>;
+  __shared__ SharedSums shared;
   const RowThread thread = row_thread(layout);
   const bool active = thread.row < p.rows;
   const bool leader = active && thread.first == 0;
+  begin_sums(layout);
 
   // The label's logit is asked for before the pass over the row, to hide its latency.
-  Row<T> row;
-  Label kind = Label::kCounted;
-  float label_logit = 0.f, label_weight = 1.f;
+  R row;
+  RowLabel label;
   SoftmaxSums sums = no_logits();
+  bool skipped = false;
   if (active) {
-    row = row_of<T>(p, thread.row);
-    if (!kProb && leader) {
-      const int64_t label = p.labels[thread.row];
-      kind = classify(p, label);
-      if (kind == Label::kCounted) {
-        label_logit = to_float(row.logits[label * row.stride]);
-        label_weight = row.weight(static_cast<int>(label));
-      }
+    row = row_of<R>(p, thread.row);
+    if (!R::kProb && (leader || p.skip_ignored)) label = read_label(p, row, leader);
+    skipped = p.skip_ignored && label.kind == Label::kIgnored;
+    if (!skipped) {
+      Packet<T> held[kTile];
+      const Share<R, kVector> share(row, thread);
+      sums = row_sums(row, share, p.label_smoothing > 0.f, held);
     }
-    sums = row_sums<T, kVector, kProb>(row, p.label_smoothing > 0.f, thread.first, thread.step);
   }
   sums = reduce_row<T>(sums, layout, shared);
   if (!leader) return;
 
-  const float log_sum = logf(sums.sum);
-  // A row with an infinite logit has NaN for its sum; its log-sum-exp is that logit.
-  const float lse = sums.max == INFINITY ? sums.max : sums.max + log_sum;
-  row_lse[thread.row] = lse;
-  float loss = 0.f;
-  if (kProb) {
-    loss = sums.weight * log_sum - sums.deviation;
-  } else if (kind == Label::kCounted) {
-    loss = row.keep * label_weight * (log_sum + (sums.max - row.capped(label_logit)));
-    if (p.label_smoothing > 0.f) loss += row.spread * (sums.weight * log_sum - sums.deviation);
-  }
-  if (p.z_loss != 0.f) loss += p.z_loss * lse * lse;
-  if (kind == Label::kIgnored) loss = 0.f;
-  if (kind == Label::kInvalid) loss = not_a_number();
-  row_loss[thread.row] = loss;
-  if (!kProb) row_weight[thread.row] = kind == Label::kCounted ? label_weight : 0.f;
+  const float lse = lse_of(sums.max, logf(sums.sum));
+  row_loss[row.place] = row_loss_of(p, row, label, sums, lse);
+  row_lse[row.place] = skipped ? 0.f : lse;
+  if (!R::kProb && row_weight != nullptr) row_weight[row.place] = label.weight;
 }
 
 // The gradient of a row's logit x_c (capped), of probability P_c:
@@ -91,182 +129,223 @@ __device__ __forceinline__ float accurate_lse() {
   return sizeof(T) == 4 ? 32.f : 1024.f;
 }
 
-constexpr int kWriteUnroll = 2;
+// Where a row's gradients go; null where they are not wanted.
+template <typename T>
+struct RowOutput {
+  T* logits;
+  int64_t stride;
+  void* probabilities;
+  int64_t probability_stride;
+};
 
-template <typename T, bool kProb, int kWidth, int kUnits>
-__device__ __forceinline__ void write_units(const Row<T>& row, const RowGradient& g, T* grad_logits,
-                                            void* grad_probabilities, int64_t grad_stride,
-                                            int offset, int units, int first, int step) {
-  for (int unit = first; unit < units; unit += kUnits * step) {
-    Packet<T> packets[kUnits];
+// The gradients of classes c to c + kCount - 1, whose logits are elements `begin` on of a packet:
+// of the logits in `grad`, and (with kProb) of the probabilities in `grad_probabilities`.
+template <int kWidth, typename R, int kCount>
+__device__ __forceinline__ void gradient_of(const R& row, const RowGradient& g, int c,
+                                            const Packet<typename R::T>& packet, int begin,
+                                            const Packet<typename R::T>& probabilities,
+                                            float (&grad)[kCount],
+                                            float (&grad_probabilities)[kCount]) {
+  using T = typename R::T;
+  float x[kCount];
+  unpack_capped(row, packet, begin, x);
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (unit + u * step < units) {
-        packets[u] = load_unit<T, kWidth>(row, offset + (unit + u * step) * kWidth);
-      }
+  for (int k = 0; k < kCount; ++k) {
+    const float below = (x[k] - g.max) - g.log_sum;
+    grad[k] = g.scale * Math<T>::exp(below);
+    if (R::kProb) grad_probabilities[k] = -g.upstream * row.keep * row.weight(c + k) * below;
+  }
+  if (R::kProb || (!R::kPlain && g.spread != 0.f)) {
+    float weights[kCount];
+    load_weights<kWidth>(row, c, probabilities, begin, weights);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) grad[k] -= (R::kProb ? g.upstream : g.spread) * weights[k];
+  }
+  if (c <= g.label && g.label < c + kCount) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) grad[k] -= c + k == g.label ? g.hit : 0.f;
+  }
+  if (!R::kPlain && row.softcap != 0.f) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const float tanh = x[k] * row.inverse_softcap;
+      grad[k] *= 1.f - tanh * tanh;
     }
+  }
+}
+
+template <int kWidth, typename R, int kUnits>
+__device__ __forceinline__ void write_tile(const R& row, const RowGradient& g,
+                                           const RowOutput<typename R::T>& out, const Units& units,
+                                           int tile,
+                                           const Packet<typename R::T> (&packets)[kUnits]) {
+  using T = typename R::T;
+  const int unit = tile * kUnits * units.step + units.first;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (unit + u * step >= units) break;
-      const int c = offset + (unit + u * step) * kWidth;
-      float x[kWidth], below[kWidth], value[kWidth], weights[kWidth];
-      unpack_capped<T, kWidth>(row, packets[u], x);
+  for (int u = 0; u < kUnits; ++u) {
+    if (unit + u * units.step >= units.count) break;
+    const int c = units.offset + (unit + u * units.step) * kWidth;
+    const Packet<T> probabilities = load_probabilities<kWidth>(row, c);
+    Packet<T> grad, grad_probabilities;
+    float value[kPart<kWidth>], of_probabilities[kPart<kWidth>];
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        below[k] = (x[k] - g.max) - g.log_sum;
-        value[k] = g.scale * Math<T>::exp(below[k]);
+    for (int part = 0; part < kWidth; part += kPart<kWidth>) {
+      gradient_of<kWidth>(row, g, c + part, packets[u], part, probabilities, value,
+                          of_probabilities);
+      pack(grad, part, value);
+      if (R::kProb) pack(grad_probabilities, part, of_probabilities);
+    }
+    if constexpr (kWidth == 1) {
+      if (out.logits != nullptr) out.logits[c * out.stride] = grad.values[0];
+      if (R::kProb && out.probabilities != nullptr) {
+        store_from_float(out.probabilities, c * out.probability_stride, row.probability_storage,
+                         of_probabilities[0]);
       }
-      if (kProb || g.spread != 0.f) {
-        load_weights<T, kProb, kWidth>(row, c, weights);
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) value[k] -= (kProb ? g.upstream : g.spread) * weights[k];
-      }
-      if (c <= g.label && g.label < c + kWidth) {
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) value[k] -= c + k == g.label ? g.hit : 0.f;
-      }
-      if (row.softcap != 0.f) {
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-          const float tanh = x[k] * row.inverse_softcap;
-          value[k] *= 1.f - tanh * tanh;
-        }
-      }
-      Packet<T> grad;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) grad.values[k] = from_float<T>(value[k]);
-      if (grad_logits != nullptr) {
-        if constexpr (kWidth == 1) {
-          grad_logits[c * grad_stride] = grad.values[0];
-        } else {
-          store_packet(grad_logits + c, grad);
-        }
-      }
-      if constexpr (kProb) {
-        if (grad_probabilities != nullptr) {
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k) {
-            value[k] = -g.upstream * row.keep * row.weight(c + k) * below[k];
-          }
-          if constexpr (kWidth == 1) {
-            store_from_float(grad_probabilities, c * grad_stride, row.probability_storage,
-                             value[0]);
-          } else {
-#pragma unroll
-            for (int k = 0; k < kWidth; ++k) grad.values[k] = from_float<T>(value[k]);
-            store_packet(static_cast<T*>(grad_probabilities) + c, grad);
-          }
-        }
+    } else {
+      if (out.logits != nullptr) store_packet(out.logits + c, grad);
+      if (R::kProb && out.probabilities != nullptr) {
+        store_packet(static_cast<T*>(out.probabilities) + c, grad_probabilities);
       }
     }
   }
 }
 
-template <typename T, bool kVector>
-__device__ __forceinline__ void write_zeros(const Row<T>& row, T* grad_logits, int64_t grad_stride,
-                                            int first, int step) {
-  const T zero = from_float<T>(0.f);
+// The gradient of a thread's share; `held` has its first tile if `holds`.
+template <typename R, bool kVector>
+__device__ __forceinline__ void write_row(const R& row, const RowGradient& g,
+                                          const RowOutput<typename R::T>& out,
+                                          const Share<R, kVector>& share, bool holds,
+                                          Packet<typename R::T> (&held)[kTile]) {
+  constexpr int kWidth = Share<R, kVector>::kWidth;
   if constexpr (kVector) {
-    constexpr int kWidth = Packet<T>::kSize;
-    Packet<T> zeros;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) zeros.values[k] = zero;
-    const Split split = split_row(row);
-    for (int unit = first; unit < split.packets; unit += step) {
-      store_packet(grad_logits + split.head + unit * kWidth, zeros);
-    }
-    if (first < split.edges) grad_logits[split.edge_class<kWidth>(first)] = zero;
-  } else {
-    for (int c = first; c < row.classes; c += step) grad_logits[c * grad_stride] = zero;
+    Packet<typename R::T> packet[1];
+    load_tile<1>(row, share.edge, 0, packet);
+    write_tile<1>(row, g, out, share.edge, 0, packet);
+  }
+  const int tiles = share.units.tiles(kTile);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile > 0 || !holds) load_tile<kWidth>(row, share.units, tile, held);
+    write_tile<kWidth>(row, g, out, share.units, tile, held);
   }
 }
 
-template <typename T, bool kVector, bool kProb>
-__global__ void __launch_bounds__(kMaxThreads, kProb ? 1 : 2)
+template <typename R, bool kVector>
+__device__ __forceinline__ void write_zeros(const RowOutput<typename R::T>& out,
+                                            const Share<R, kVector>& share) {
+  using T = typename R::T;
+  constexpr int kWidth = Share<R, kVector>::kWidth;
+  const Units& units = share.units;
+  const T zero = from_float<T>(0.f);
+  Packet<T> zeros;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) zeros.values[k] = zero;
+  for (int unit = units.first; unit < units.count; unit += units.step) {
+    if constexpr (kVector) {
+      store_packet(out.logits + units.offset + unit * kWidth, zeros);
+    } else {
+      out.logits[unit * out.stride] = zero;
+    }
+  }
+  if (share.edge.count > 0) out.logits[share.edge.offset] = zero;
+}
+
+// With kLoss it makes the loss too, of rows that it may overwrite with their gradient.
+template <typename T, bool kVector, Kind kKind, bool kLoss>
+__global__ void __launch_bounds__(kMaxThreads, blocks_of(kKind))
     cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyProblem p,
                                   const __grid_constant__ CrossEntropyGradient g, Layout layout) {
-  __shared__ SoftmaxSums shared[kSharedThreads];
+  using R = Row<T, kKind>;
+  __shared__ SharedSums shared;
   const RowThread thread = row_thread(layout);
   const bool active = thread.row < p.rows;
 
-  Row<T> row;
-  RowGradient terms = {};
-  terms.label = -1;
-  float grad_lse = 0.f;
-  bool invalid = false, zero = false;
+  // Another pass: for the loss; with probabilities, as the scale of P needs the sum of u; and where
+  // lse is too large to have been stored with the accuracy that P needs.
+  bool zero = false, again = false;
+  float lse = 0.f;
   if (active) {
-    row = row_of<T>(p, thread.row);
-    terms.max = g.lse[thread.row];
-    if (g.grad_lse != nullptr) grad_lse = g.grad_lse[thread.row];
-    terms.upstream = g.grad_loss[g.grad_per_row ? thread.row : 0];
-    if (g.total_weight != nullptr) terms.upstream /= *g.total_weight;
-    if (!kProb) {
-      const int64_t label = p.labels[thread.row];
-      const Label kind = classify(p, label);
-      float label_weight = 0.f;
-      if (kind == Label::kCounted) {
-        terms.label = static_cast<int>(label);
-        label_weight = row.weight(terms.label);
-      } else {
-        // Chosen, not multiplied: where every row is ignored, upstream is NaN.
-        terms.upstream = 0.f;
-      }
-      invalid = kind == Label::kInvalid;
-      zero = kind == Label::kIgnored && grad_lse == 0.f;
-      terms.hit = terms.upstream * row.keep * label_weight;
-      terms.spread = terms.upstream * row.spread;
+    const R row = row_of<R>(p, thread.row);
+    if (!kLoss) lse = g.lse[row.place];
+    if (!R::kProb && read_label(p, row, false).kind == Label::kIgnored) {
+      zero = p.skip_ignored || g.grad_lse == nullptr || g.grad_lse[row.place] == 0.f;
     }
+    again = !zero && (kLoss || R::kProb || !(fabsf(lse) <= accurate_lse<T>()));
   }
-
-  // Another pass: with probabilities, as the scale of P needs the sum of u; and where lse is too
-  // large to have been stored with the accuracy that P needs.
-  bool again = active && !zero && (kProb || !(fabsf(terms.max) <= accurate_lse<T>()));
   if (layout == Layout::kLanePerRow) again = __syncthreads_or(again);
-  const float lse = terms.max;
-  float weight = 0.f;
+  Packet<T> held[kTile];
+  float max = lse, log_sum = 0.f, weight = 0.f;
   if (again) {
+    begin_sums(layout);
     SoftmaxSums sums = no_logits();
-    if (active) sums = row_sums<T, kVector, kProb>(row, false, thread.first, thread.step);
+    float label_logit = 0.f;  // read before it is overwritten
+    if (active) {
+      const R row = row_of<R>(p, thread.row);
+      if (!R::kProb && kLoss && thread.first == 0) label_logit = read_label(p, row, true).logit;
+      const bool weighted = kLoss && p.label_smoothing > 0.f;
+      sums = row_sums(row, Share<R, kVector>(row, thread), weighted, held);
+    }
     sums = reduce_row<T>(sums, layout, shared);
-    terms.max = sums.max;
-    terms.log_sum = logf(sums.sum);
+    max = sums.max;
+    log_sum = logf(sums.sum);
     weight = sums.weight;
+    if (kLoss) lse = lse_of(sums.max, log_sum);
+    if (kLoss && active && thread.first == 0) {
+      const R row = row_of<R>(p, thread.row);
+      RowLabel label;
+      if (!R::kProb) label = read_label(p, row, false);
+      label.logit = label_logit;
+      g.row_loss[row.place] = row_loss_of(p, row, label, sums, lse);
+      g.row_lse[row.place] = lse;
+    }
   }
   if (!active) return;
 
-  if (!kProb) {
-    weight = terms.label < 0 ? 0.f : row.keep * row.weight(terms.label);
+  // Read again where there was a pass before: nothing of this is held in registers through it.
+  const R row = row_of<R>(p, thread.row);
+  if (kLoss && zero && thread.first == 0) g.row_loss[row.place] = g.row_lse[row.place] = 0.f;
+  RowGradient terms = {};
+  terms.max = max;
+  terms.log_sum = log_sum;
+  terms.label = -1;
+  terms.upstream = g.grad_loss == nullptr ? 1.f : g.grad_loss[g.grad_per_row ? row.place : 0];
+  if (g.total_weight != nullptr) terms.upstream /= *g.total_weight;
+  bool invalid = false;
+  if (!R::kProb) {
+    const RowLabel label = read_label(p, row, false);
+    invalid = label.kind == Label::kInvalid;
+    // Chosen, not multiplied: where every row is ignored, upstream is NaN.
+    if (label.kind != Label::kCounted) terms.upstream = 0.f;
+    terms.label = label.index;
+    weight = row.keep * label.weight;
+    terms.hit = terms.upstream * weight;
+    terms.spread = terms.upstream * row.spread;
     if (terms.spread != 0.f) {
       weight += row.spread * (p.weight_sum == nullptr ? p.classes : *p.weight_sum);
     }
   }
-  terms.scale = terms.upstream * (weight + 2.f * p.z_loss * lse) + grad_lse;
-  if (terms.upstream == 0.f) terms.scale = grad_lse;  // lse may be infinite
+  const float grad_lse = g.grad_lse == nullptr ? 0.f : g.grad_lse[row.place];
+  terms.scale = grad_lse;
+  // An lse may be infinite.
+  if (terms.upstream != 0.f) terms.scale += terms.upstream * (weight + 2.f * p.z_loss * lse);
   if (invalid) terms.scale = not_a_number();
 
-  // Gradients are contiguous (N, C, D).
-  const Strides out = {p.classes * p.inner, p.inner, 1};
-  const int64_t base = row_offset(out, thread.row, p.inner);
-  T* grad_logits = g.grad_logits == nullptr ? nullptr : static_cast<T*>(g.grad_logits) + base;
-  void* grad_probabilities = nullptr;
-  if (kProb && g.grad_probabilities != nullptr) {
-    grad_probabilities = offset_by(g.grad_probabilities, base, p.probability_storage);
+  RowOutput<T> out = {};
+  if (g.grad_logits != nullptr) {
+    out.logits = static_cast<T*>(g.grad_logits) + row_offset(g.grad_strides, thread.row, p.inner);
+    out.stride = g.grad_strides.cls;
   }
+  if (R::kProb && g.grad_probabilities != nullptr) {
+    const Strides contiguous = contiguous_rows(p);
+    out.probabilities = offset_by(g.grad_probabilities, row_offset(contiguous, thread.row, p.inner),
+                                  p.probability_storage);
+    out.probability_stride = contiguous.cls;
+  }
+  const Share<R, kVector> share(row, thread);
   if (zero) {
-    write_zeros<T, kVector>(row, grad_logits, out.cls, thread.first, thread.step);
-  } else if constexpr (kVector) {
-    constexpr int kWidth = Packet<T>::kSize;
-    const Split split = split_row(row);
-    write_units<T, kProb, kWidth, kWriteUnroll>(row, terms, grad_logits, grad_probabilities, 1,
-                                                split.head, split.packets, thread.first,
-                                                thread.step);
-    if (thread.first < split.edges) {
-      write_units<T, kProb, 1, 1>(row, terms, grad_logits, grad_probabilities, 1,
-                                  split.edge_class<kWidth>(thread.first), 1, 0, 1);
-    }
+    write_zeros(out, share);
   } else {
-    write_units<T, kProb, 1, kUnroll>(row, terms, grad_logits, grad_probabilities, out.cls, 0,
-                                      row.classes, thread.first, thread.step);
+    write_row(row, terms, out, share, again, held);
   }
 }
 
@@ -307,11 +386,34 @@ int64_t reduce_blocks(int64_t rows) {
 struct Launch {
   Layout layout;
   dim3 grid, block;
+  int cluster = 1;
 };
 
+// What the current device has, where the kernel was compiled for it: multiprocessors, clusters.
+struct Device {
+  int processors = 1;
+  bool clusters = false;
+};
+
+template <typename Kernel>
+Device current_device(Kernel kernel) {
+  Device device;
+  int index = 0, clusters = 0;
+  if (cudaGetDevice(&index) != cudaSuccess) return device;
+  cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index);
+  cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index);
+  cudaFuncAttributes attributes = {};
+  device.clusters = clusters != 0 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+                    attributes.ptxVersion >= 90;
+  return device;
+}
+
 // A warp takes a row of up to 128 units, or 512 where the rows are enough to fill the device with
-// warps.
-Launch plan(const CrossEntropyProblem& p, int64_t class_stride, int width) {
+// warps. A cluster takes a row that is passed over `twice` and that one block cannot hold, and
+// splits rows that are too few for the device.
+template <typename Kernel>
+Launch plan(const CrossEntropyProblem& p, int64_t class_stride, int width, bool twice,
+            Kernel kernel) {
   const int64_t units = p.classes / width;
   Launch launch;
   int64_t blocks = p.rows;
@@ -319,12 +421,26 @@ Launch plan(const CrossEntropyProblem& p, int64_t class_stride, int width) {
   if (class_stride != 1 && p.inner >= kWarp) {
     launch.layout = Layout::kLanePerRow;
     blocks = (p.rows + kWarp - 1) / kWarp;
-  } else if (units <= 128 || (units <= 512 && p.rows >= 4096)) {
+  } else if (units <= kWarp * kTile || (!twice && units <= 512 && p.rows >= 4096)) {
     launch.layout = Layout::kWarpPerRow;
     blocks = (p.rows + threads / kWarp - 1) / (threads / kWarp);
   } else {
     launch.layout = Layout::kBlockPerRow;
-    if (units > 2048) threads = kMaxThreads;
+    if (units > (twice ? 256 * kTile : 2048)) threads = kMaxThreads;
+    if (units > kMaxThreads * kTile) {
+      const Device device = current_device(kernel);
+      const auto enough = [&](int cluster) {
+        const bool held = !twice || units <= int64_t{cluster} * kMaxThreads * kTile;
+        const bool filled =
+            p.rows * cluster >= 2 * device.processors || units < 2 * int64_t{cluster} * kMaxThreads;
+        return held && filled;
+      };
+      while (device.clusters && launch.cluster < kMaxCluster && !enough(launch.cluster)) {
+        launch.cluster *= 2;
+      }
+      if (launch.cluster > 1) launch.layout = Layout::kClusterPerRow;
+      blocks *= launch.cluster;
+    }
   }
   launch.grid = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, UINT32_MAX)));
   launch.block = dim3(threads);
@@ -347,6 +463,12 @@ cudaError_t launch_kernel(const Launch& launch, cudaStream_t stream, void (*kern
   config.gridDim = launch.grid;
   config.blockDim = launch.block;
   config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(launch.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = launch.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
@@ -365,6 +487,21 @@ cudaError_t by_storage(Storage storage, const Function& function) {
   }
 }
 
+// Calls `function` with the kind of the problem, as a constant.
+template <typename Function>
+auto by_kind(const CrossEntropyProblem& p, const Function& function) {
+  if (p.probabilities != nullptr) {
+    return function(std::integral_constant<Kind, Kind::kProbabilities>{});
+  }
+  if (p.softcap == 0.f && p.label_smoothing == 0.f) {
+    return function(std::integral_constant<Kind, Kind::kPlain>{});
+  }
+  return function(std::integral_constant<Kind, Kind::kLabels>{});
+}
+
+// Single elements are no case for speed: one kernel does for all labels.
+constexpr Kind elements(Kind kind) { return kind == Kind::kPlain ? Kind::kLabels : kind; }
+
 }  // namespace
 
 cudaError_t cross_entropy_forward_cuda(const CrossEntropyProblem& p, float* row_loss, float* lse,
@@ -378,12 +515,12 @@ cudaError_t cross_entropy_forward_cuda(const CrossEntropyProblem& p, float* row_
                aligned_alike(p.logits, p.strides, p.probabilities, p.probability_strides, sizeof(T),
                              p.rows, p.inner);
     }
-    const auto kernel = p.probabilities == nullptr
-                            ? (vector ? cross_entropy_forward_kernel<T, true, false>
-                                      : cross_entropy_forward_kernel<T, false, false>)
-                            : (vector ? cross_entropy_forward_kernel<T, true, true>
-                                      : cross_entropy_forward_kernel<T, false, true>);
-    const Launch launch = plan(p, p.strides.cls, vector ? Packet<T>::kSize : 1);
+    const auto kernel = by_kind(p, [&](auto kind) {
+      return vector ? cross_entropy_forward_kernel<T, true, kind>
+                    : cross_entropy_forward_kernel<T, false, elements(kind)>;
+    });
+    const Launch launch =
+        plan(p, p.strides.cls, vector ? Packet<T>::kSize : 1, /*twice=*/false, kernel);
     return launch_kernel(launch, stream, kernel, p, launch.layout, row_loss, lse, row_weight);
   });
 }
@@ -395,22 +532,30 @@ cudaError_t cross_entropy_backward_cuda(const CrossEntropyProblem& p, const Cros
   }
   return by_storage(p.storage, [&](auto type) {
     using T = decltype(type);
-    const Strides out = {p.classes * p.inner, p.inner, 1};
     const auto alike = [&](const void* other, const Strides& strides) {
       return other == nullptr ||
              (strides.cls == 1 &&
               aligned_alike(p.logits, p.strides, other, strides, sizeof(T), p.rows, p.inner));
     };
-    const bool vector = p.strides.cls == 1 && alike(g.grad_logits, out) &&
-                        alike(g.grad_probabilities, out) &&
+    const bool vector = p.strides.cls == 1 && alike(g.grad_logits, g.grad_strides) &&
+                        alike(g.grad_probabilities, contiguous_rows(p)) &&
                         alike(p.probabilities, p.probability_strides) &&
                         (p.probabilities == nullptr || p.probability_storage == p.storage);
-    const auto kernel = p.probabilities == nullptr
-                            ? (vector ? cross_entropy_backward_kernel<T, true, false>
-                                      : cross_entropy_backward_kernel<T, false, false>)
-                            : (vector ? cross_entropy_backward_kernel<T, true, true>
-                                      : cross_entropy_backward_kernel<T, false, true>);
-    const Launch launch = plan(p, std::max(p.strides.cls, out.cls), vector ? Packet<T>::kSize : 1);
+    if (g.row_loss != nullptr && !vector && p.probabilities == nullptr) {
+      return cudaErrorInvalidValue;  // logits that are no rows of packets, or not overwritten
+    }
+    const auto kernel = by_kind(p, [&](auto kind) {
+      constexpr Kind kKind = kind;
+      if (g.row_loss == nullptr) {
+        return vector ? cross_entropy_backward_kernel<T, true, kKind, false>
+                      : cross_entropy_backward_kernel<T, false, elements(kKind), false>;
+      }
+      return vector ? cross_entropy_backward_kernel<T, true, kKind, true>
+                    : cross_entropy_backward_kernel<T, false, Kind::kProbabilities, true>;
+    });
+    const int64_t class_stride = std::max(p.strides.cls, g.grad_strides.cls);
+    const bool twice = g.row_loss != nullptr || p.probabilities != nullptr;
+    const Launch launch = plan(p, class_stride, vector ? Packet<T>::kSize : 1, twice, kernel);
     return launch_kernel(launch, stream, kernel, p, g, launch.layout);
   });
 }

@@ -31,10 +31,13 @@ struct CrossEntropyProblem {
   const float* weight_sum;    // their sum, on the device; read in the backward when smoothing
   int64_t ignore_index;
   float label_smoothing, z_loss, softcap;  // softcap 0: off
+  // Row r of the logits is row row_index[r] of the labels and of all that is per row; null: r.
+  const int* row_index;
+  bool skip_ignored;  // rows of an ignored label are not read: loss and lse are 0
 };
 
-// Writes, per row, the loss, the log-sum-exp and (for class indices) the weight that `mean` divides
-// by. A label out of range gives a NaN loss.
+// Writes, per row, the loss, the log-sum-exp and (for class indices, unless null) the weight that
+// `mean` divides by. A label out of range gives a NaN loss.
 cudaError_t cross_entropy_forward_cuda(const CrossEntropyProblem& problem, float* row_loss,
                                        float* lse, float* row_weight, cudaStream_t stream);
 
@@ -47,13 +50,17 @@ cudaError_t reduce_loss_cuda(const float* row_loss, const float* row_weight, int
                              cudaStream_t stream);
 
 struct CrossEntropyGradient {
-  const float* grad_loss;
+  const float* grad_loss;     // null: 1
   bool grad_per_row;          // grad_loss has a value per row, else one
   const float* grad_lse;      // per row, or null
   const float* lse;           // per row
   const float* total_weight;  // divides grad_loss; null unless `mean`
-  void* grad_logits;          // contiguous (N, C, D) of the logits' type, or null
+  void* grad_logits;          // of the logits' type, or null; may be the logits themselves
+  Strides grad_strides;       // its strides
   void* grad_probabilities;   // contiguous (N, C, D) of the probabilities' type, or null
+  // Written per row if not null: then `lse` is not read, and one launch does the forward as well.
+  float* row_loss;
+  float* row_lse;
 };
 
 cudaError_t cross_entropy_backward_cuda(const CrossEntropyProblem& problem,

@@ -13,8 +13,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "check.h"
-#include "cuda/cross_entropy.h"
+#include "cuda/loss_binding.h"
 
 namespace fastnn {
 
@@ -23,32 +22,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-Storage storage_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kHalf:
-      return Storage::kFloat16;
-    case at::kBFloat16:
-      return Storage::kBFloat16;
-    case at::kDouble:
-      return Storage::kFloat64;
-    default:
-      return Storage::kFloat32;
-  }
-}
-
-// (C), (N, C) or (N, C, d1, ...) as (N, C, D); a view wherever the strides allow one.
-Tensor as_rows(const Tensor& tensor) {
-  if (tensor.dim() == 1) return tensor.view({1, tensor.size(0), 1});
-  return tensor.reshape(
-      {tensor.size(0), tensor.size(1), c10::multiply_integers(tensor.sizes().slice(2))});
-}
-
-Strides strides_of(const Tensor& rows) {
-  // The stride of a dimension of one element says nothing.
-  const auto stride = [&](int dim) { return rows.size(dim) == 1 ? 1 : rows.stride(dim); };
-  return {stride(0), stride(1), stride(2)};
-}
-
 at::DimVector rows_shape(const Tensor& logits) {
   at::DimVector shape(logits.sizes());
   if (logits.dim() == 1) return {};
@@ -56,66 +29,25 @@ at::DimVector rows_shape(const Tensor& logits) {
   return shape;
 }
 
-// Any CUDA argument brings a call here, so the logits may still be elsewhere.
-c10::Device cuda_device(const Tensor& logits, const char* op) {
-  FASTNN_CHECK(logits.is_cuda(), op, "logits", "on a CUDA device", logits.device());
-  return logits.device();
-}
-
 // The arguments that forward and backward share, and the tensors that keep them alive.
-struct Arguments {
-  CrossEntropyProblem problem = {};
-  Tensor logits, labels, probabilities, class_weight, weight_sum;
+struct Arguments : LossArguments {
+  Tensor logits;
   at::DimVector shape;  // of the rows
-  bool mean = false, per_row = false;
 
   Arguments(const char* op, const Tensor& logits_, const Tensor& target,
             const optional<Tensor>& weight, std::string_view reduction, int64_t ignore_index,
             double label_smoothing, double z_loss, double softcap) {
     check_float(logits_, false, op, "logits");
     FASTNN_CHECK(logits_.dim() >= 1, op, "logits", "of at least one dimension", logits_.sizes());
-    const int64_t classes = logits_.size(logits_.dim() == 1 ? 0 : 1);
-    FASTNN_CHECK(classes >= 1 && classes <= (int64_t{1} << 30), op, "logits",
-                 "of 1 to 2^30 classes", logits_.sizes());
-    FASTNN_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, "label_smoothing",
-                 "in [0, 1]", label_smoothing);
-    FASTNN_CHECK(softcap >= 0.0, op, "softcap", "positive, or 0 for none", softcap);
-    mean = reduction == "mean";
-    per_row = reduction == "none";
-    FASTNN_CHECK(mean || per_row || reduction == "sum", op, "reduction", "none, mean or sum",
-                 reduction);
-    check_device(target, logits_, op, "target");
     shape = rows_shape(logits_);
     logits = as_rows(logits_);
     problem.logits = logits.const_data_ptr();
     problem.storage = storage_of(logits);
     problem.strides = strides_of(logits);
-    problem.rows = logits.size(0) * logits.size(2);
+    set_rows(op, "logits", logits.size(0) * logits.size(2), logits.size(1));
     problem.inner = logits.size(2);
-    problem.classes = static_cast<int>(classes);
-    if (target.is_floating_point()) {
-      check_shape(target, logits_.sizes(), op, "target");
-      check_float(target, true, op, "target");
-      probabilities = as_rows(target);
-      problem.probabilities = probabilities.const_data_ptr();
-      problem.probability_storage = storage_of(probabilities);
-      problem.probability_strides = strides_of(probabilities);
-    } else {
-      check_shape(target, shape, op, "target");
-      check_dtype(target, at::kLong, op, "target");
-      labels = target.contiguous();
-      problem.labels = labels.const_data_ptr<int64_t>();
-    }
-    if (weight.has_value()) {
-      check_shape(*weight, {classes}, op, "weight");
-      check_device(*weight, logits_, op, "weight");
-      class_weight = weight->to(at::kFloat).contiguous();
-      problem.class_weight = class_weight.const_data_ptr<float>();
-    }
-    problem.ignore_index = ignore_index;
-    problem.label_smoothing = static_cast<float>(label_smoothing);
-    problem.z_loss = static_cast<float>(z_loss);
-    problem.softcap = static_cast<float>(softcap);
+    set_options(op, reduction, ignore_index, label_smoothing, z_loss, softcap);
+    set_target(op, logits_, target, weight, shape, logits_.sizes(), /*classes_last=*/false);
   }
 
   bool is_empty() const { return problem.rows == 0; }
@@ -168,11 +100,8 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
   const c10::cuda::CUDAGuard device(cuda_device(logits, kOp));
   Arguments arguments(kOp, logits, target, weight, reduction, ignore_index, label_smoothing, z_loss,
                       softcap);
-  // Fresh float32 copies where the caller's are not: kept alive until the launch.
   const auto floats = [&](const Tensor& tensor, at::IntArrayRef shape, const char* name) {
-    check_shape(tensor, shape, kOp, name);
-    check_device(tensor, logits, kOp, name);
-    return tensor.to(at::kFloat).contiguous();
+    return as_floats(tensor, logits, shape, kOp, name);
   };
   const Tensor upstream =
       floats(grad_loss, arguments.per_row ? at::IntArrayRef(arguments.shape) : at::IntArrayRef{},
@@ -191,10 +120,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
       wants_target ? target.sizes() : at::IntArrayRef({0}),
       (wants_target ? target : logits).options().memory_format(at::MemoryFormat::Contiguous));
   if (arguments.is_empty()) return {grad_logits, grad_target};
-  if (arguments.class_weight.defined() && label_smoothing > 0.0) {
-    arguments.weight_sum = arguments.class_weight.sum();
-    arguments.problem.weight_sum = arguments.weight_sum.const_data_ptr<float>();
-  }
+  arguments.set_weight_sum();
   CrossEntropyGradient gradient = {};
   gradient.grad_loss = upstream.const_data_ptr<float>();
   gradient.grad_per_row = arguments.per_row;
@@ -202,6 +128,8 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
   gradient.lse = row_lse.const_data_ptr<float>();
   gradient.total_weight = arguments.mean ? divisor.const_data_ptr<float>() : nullptr;
   gradient.grad_logits = output_mask[0] ? grad_logits.mutable_data_ptr() : nullptr;
+  const int64_t inner = arguments.problem.inner;
+  gradient.grad_strides = {arguments.problem.classes * inner, inner, 1};
   gradient.grad_probabilities = wants_target ? grad_target.mutable_data_ptr() : nullptr;
   C10_CUDA_CHECK(
       cross_entropy_backward_cuda(arguments.problem, gradient, c10::cuda::getCurrentCUDAStream()));

@@ -9,48 +9,75 @@
 
 namespace fastnn {
 
-constexpr int kUnroll = 4;  // loads in flight per thread
+constexpr int kTile = 4;  // units that a thread holds at a time: its loads in flight
 constexpr int kMaxThreads = 512;
 constexpr int kSharedThreads = 256;  // block size of the layouts with several rows per block
 
 // How the threads of a block share its rows.
 enum class Layout : int {
-  kWarpPerRow,   // lanes across classes
-  kBlockPerRow,  // threads across classes
-  kLanePerRow,   // lanes across rows, warps across classes: for rows that are neighbours in memory
+  kWarpPerRow,     // lanes across classes
+  kBlockPerRow,    // threads across classes
+  kClusterPerRow,  // the threads of a cluster of blocks across classes
+  kLanePerRow,  // lanes across rows, warps across classes: for rows that are neighbours in memory
 };
 
 // This thread's row, and its classes: first, first + step, ...
 struct RowThread {
-  int64_t row;
+  unsigned row;
   int first, step;
 };
 
 __device__ __forceinline__ RowThread row_thread(Layout layout) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int warps = blockDim.x / kWarp;
-  const int64_t block = blockIdx.x;
-  if (layout == Layout::kBlockPerRow) {
-    return {block, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
+  const unsigned block = blockIdx.x;
+  if (layout == Layout::kBlockPerRow) return {block, thread, threads};
+  if (layout == Layout::kClusterPerRow) {
+    const int blocks = cluster_size();
+    return {block / blocks, cluster_rank() * threads + thread, blocks * threads};
   }
   if (layout == Layout::kWarpPerRow) return {block * warps + warp, lane, kWarp};
   return {block * kWarp + lane, warp, warps};
 }
 
 // Combines the sums of a row's threads; every one of them gets the result. All threads of the block
-// call it, those beyond the last row too.
-template <typename T>
-__device__ __forceinline__ SoftmaxSums reduce_row(SoftmaxSums sums, Layout layout,
-                                                  SoftmaxSums* shared) {
-  const auto combine = [](const SoftmaxSums& a, const SoftmaxSums& b) { return merge<T>(a, b); };
-  if (layout == Layout::kWarpPerRow) return warp_reduce(sums, combine);
-  if (layout == Layout::kBlockPerRow) return block_reduce(sums, shared, no_logits(), combine);
-  return lane_reduce(sums, shared, combine);
+// call it, those beyond the last row too, and begin_sums before their pass over the row.
+struct SharedSums {
+  SoftmaxSums of_threads[kSharedThreads], of_blocks[kMaxCluster];
+};
+
+__device__ __forceinline__ void begin_sums(Layout layout) {
+  if (layout == Layout::kClusterPerRow) cluster_begin();
 }
 
-// One row: the logits and, beside them, the target's probabilities and the class weights.
 template <typename T>
+__device__ __forceinline__ SoftmaxSums reduce_row(SoftmaxSums sums, Layout layout,
+                                                  SharedSums& shared) {
+  const auto combine = [](const SoftmaxSums& a, const SoftmaxSums& b) { return merge<T>(a, b); };
+  if (layout == Layout::kWarpPerRow) {
+    __syncwarp();  // as the barriers below do: no write in place comes before a read of the row
+    return warp_reduce(sums, combine);
+  }
+  if (layout == Layout::kLanePerRow) return lane_reduce(sums, shared.of_threads, combine);
+  sums = block_reduce(sums, shared.of_threads, no_logits(), combine);
+  if (layout == Layout::kBlockPerRow) return sums;
+  return cluster_reduce(sums, shared.of_blocks, combine);
+}
+
+// What is computed of a row: the branches that calls of its kind cannot take are left out.
+enum class Kind {
+  kPlain,  // labels, without softcap and label smoothing
+  kLabels,
+  kProbabilities,
+};
+
+// One row: the logits and, beside them, the target's probabilities and the class weights.
+template <typename Element, Kind kKind>
 struct Row {
+  using T = Element;
+  static constexpr bool kPlain = kKind == Kind::kPlain, kProb = kKind == Kind::kProbabilities;
+
+  int64_t place;  // of the labels and of what else is per row
   const T* logits;
   int64_t stride;
   int classes;
@@ -62,21 +89,29 @@ struct Row {
   float keep, spread;  // a smoothed probability is keep * p + spread
 
   __device__ __forceinline__ float capped(float x) const {
-    return softcap == 0.f ? x : softcap * Math<T>::tanh(x * inverse_softcap);
+    return kPlain || softcap == 0.f ? x : softcap * Math<T>::tanh(x * inverse_softcap);
   }
   __device__ __forceinline__ float weight(int c) const {
     return class_weight == nullptr ? 1.f : __ldg(class_weight + c);
   }
 };
 
-__device__ __forceinline__ int64_t row_offset(const Strides& strides, int64_t row, int64_t inner) {
+__device__ __forceinline__ int64_t row_offset(const Strides& strides, unsigned row, int64_t inner) {
   if (inner == 1) return row * strides.batch;
-  return row / inner * strides.batch + row % inner * strides.inner;
+  const unsigned step = static_cast<unsigned>(inner);
+  return row / step * strides.batch + row % step * strides.inner;
 }
 
-template <typename T>
-__device__ __forceinline__ Row<T> row_of(const CrossEntropyProblem& p, int64_t index) {
-  Row<T> row;
+// The strides of a contiguous (N, C, D).
+__host__ __device__ inline Strides contiguous_rows(const CrossEntropyProblem& p) {
+  return {p.classes * p.inner, p.inner, 1};
+}
+
+template <typename R>
+__device__ __forceinline__ R row_of(const CrossEntropyProblem& p, unsigned index) {
+  using T = typename R::T;
+  R row;
+  row.place = p.row_index == nullptr ? index : p.row_index[index];
   row.logits = static_cast<const T*>(p.logits) + row_offset(p.strides, index, p.inner);
   row.stride = p.strides.cls;
   row.classes = p.classes;
@@ -96,99 +131,136 @@ __device__ __forceinline__ Row<T> row_of(const CrossEntropyProblem& p, int64_t i
 }
 
 // A unit is kWidth neighbouring classes: one packet, or one element at the row's class stride.
-template <typename T, int kWidth>
-__device__ __forceinline__ Packet<T> load_unit(const Row<T>& row, int c) {
+template <int kWidth, typename R>
+__device__ __forceinline__ Packet<typename R::T> load_unit(const R& row, int c) {
   if constexpr (kWidth == 1) {
-    Packet<T> packet;
-    packet.values[0] = __ldg(row.logits + c * row.stride);
+    Packet<typename R::T> packet;
+    packet.values[0] = row.logits[c * row.stride];
     return packet;
   } else {
     return load_packet(row.logits + c);
   }
 }
 
-// The branches on options are around loops over a unit, never inside: one element has only some 17
+// Elements whose intermediate values a thread has in registers: half a packet of the half types.
+template <int kWidth>
+constexpr int kPart = kWidth < 4 ? kWidth : 4;
+
+// The branches on options are around loops over a part, never inside: one element has only some 17
 // instructions at full bandwidth.
-template <typename T, int kWidth>
-__device__ __forceinline__ void unpack_capped(const Row<T>& row, const Packet<T>& packet,
-                                              float (&x)[kWidth]) {
+template <typename R, int kCount>
+__device__ __forceinline__ void unpack_capped(const R& row, const Packet<typename R::T>& packet,
+                                              int begin, float (&x)[kCount]) {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) x[k] = to_float(packet.values[k]);
-  if (row.softcap != 0.f) {
+  for (int k = 0; k < kCount; ++k) x[k] = to_float(packet.values[begin + k]);
+  if (!R::kPlain && row.softcap != 0.f) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) x[k] = row.capped(x[k]);
+    for (int k = 0; k < kCount; ++k) x[k] = row.capped(x[k]);
   }
 }
 
-// The weights u of a unit: class weights, times smoothed probabilities with kProb. Packets of
-// probabilities are used only where they have the logits' type and alignment.
-template <typename T, bool kProb, int kWidth>
-__device__ __forceinline__ void load_weights(const Row<T>& row, int c, float (&weights)[kWidth]) {
+// The weights u of kCount classes from c on: class weights, times smoothed probabilities with
+// kProb. `packet` has the probabilities where they are read in packets, from element `begin` on.
+template <int kWidth, typename R, int kCount>
+__device__ __forceinline__ void load_weights(const R& row, int c,
+                                             const Packet<typename R::T>& packet, int begin,
+                                             float (&weights)[kCount]) {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) weights[k] = 1.f;
-  if constexpr (kProb) {
+  for (int k = 0; k < kCount; ++k) weights[k] = 1.f;
+  if constexpr (R::kProb) {
     if constexpr (kWidth == 1) {
       weights[0] =
           load_as_float(row.probabilities, c * row.probability_stride, row.probability_storage);
     } else {
-      const Packet<T> packet = load_packet(static_cast<const T*>(row.probabilities) + c);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) weights[k] = to_float(packet.values[k]);
+      for (int k = 0; k < kCount; ++k) weights[k] = to_float(packet.values[begin + k]);
     }
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) weights[k] = row.keep * weights[k] + row.spread;
+    for (int k = 0; k < kCount; ++k) weights[k] = row.keep * weights[k] + row.spread;
   }
   if (row.class_weight != nullptr) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) weights[k] *= __ldg(row.class_weight + c + k);
+    for (int k = 0; k < kCount; ++k) weights[k] *= __ldg(row.class_weight + c + k);
   }
 }
 
-// Adds units first, first + step, ... below `units`, whose classes begin at `offset`. With kProb
-// the weights u of the sums are weight * probability; else `weighted` asks for the class weights
-// alone.
-template <typename T, bool kProb, int kWidth, int kUnits>
-__device__ __forceinline__ void add_units(SoftmaxSums& sums, const Row<T>& row, bool weighted,
-                                          int offset, int units, int first, int step) {
-  for (int unit = first; unit < units; unit += kUnits * step) {
-    Packet<T> packets[kUnits];
-    float max = -INFINITY;
+// A packet of probabilities, where they are read in packets: where they have the logits' type and
+// alignment.
+template <int kWidth, typename R>
+__device__ __forceinline__ Packet<typename R::T> load_probabilities(const R& row, int c) {
+  if constexpr (R::kProb && kWidth > 1) {
+    return load_packet(static_cast<const typename R::T*>(row.probabilities) + c);
+  } else {
+    return {};
+  }
+}
+
+// A thread's units of a row: first, first + step, ... below `count`; classes begin at `offset`. It
+// takes them in tiles of kUnits.
+struct Units {
+  int offset, count, first, step;
+  __device__ __forceinline__ int tiles(int size) const {
+    return (count + size * step - 1) / (size * step);
+  }
+};
+
+template <int kWidth, typename R, int kUnits>
+__device__ __forceinline__ void load_tile(const R& row, const Units& units, int tile,
+                                          Packet<typename R::T> (&packets)[kUnits]) {
+  const int unit = tile * kUnits * units.step + units.first;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (unit + u * step < units) {
-        packets[u] = load_unit<T, kWidth>(row, offset + (unit + u * step) * kWidth);
-      } else {
+  for (int u = 0; u < kUnits; ++u) {
+    if (unit + u * units.step < units.count) {
+      packets[u] = load_unit<kWidth>(row, units.offset + (unit + u * units.step) * kWidth);
+    } else {
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) packets[u].values[k] = from_float<T>(-INFINITY);
-      }
+      for (int k = 0; k < kWidth; ++k) packets[u].values[k] = from_float<typename R::T>(-INFINITY);
     }
+  }
+}
+
+// Adds a tile to the sums. With kProb the weights u of the sums are weight * probability; else
+// `weighted` asks for the class weights alone.
+template <int kWidth, typename R, int kUnits>
+__device__ __forceinline__ void add_tile(SoftmaxSums& sums, const R& row, bool weighted,
+                                         const Units& units, int tile,
+                                         const Packet<typename R::T> (&packets)[kUnits]) {
+  using T = typename R::T;
+  const int unit = tile * kUnits * units.step + units.first;
+  if (unit >= units.count) return;
+  float max = -INFINITY;
+  if constexpr (kWidth == 1) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kUnits; ++u) max = fmaxf(max, to_float(packets[u].values[0]));
+  } else {
+    max = largest(packets);
+  }
+  // tanh is monotone: capping the maximum alone does for all.
+  raise_max<T>(sums, row.capped(max));
+  const float shift = finite_shift(sums.max);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) max = fmaxf(max, to_float(packets[u].values[k]));
-    }
-    // tanh is monotone: capping the maximum alone does for all (the first unit is never absent).
-    raise_max<T>(sums, row.capped(max));
-    const float shift = finite_shift(sums.max);
+  for (int u = 0; u < kUnits; ++u) {
+    const int c = units.offset + (unit + u * units.step) * kWidth;
+    if (unit + u * units.step >= units.count) break;
+    const Packet<T> probabilities = load_probabilities<kWidth>(row, c);
+    float partial = 0.f;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int c = offset + (unit + u * step) * kWidth;
-      if (unit + u * step >= units) break;
-      float x[kWidth], partial = 0.f;
-      unpack_capped<T, kWidth>(row, packets[u], x);
+    for (int part = 0; part < kWidth; part += kPart<kWidth>) {
+      float x[kPart<kWidth>];
+      unpack_capped(row, packets[u], part, x);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) partial += Math<T>::exp(x[k] - shift);
-      if (kProb || weighted) {
-        float weights[kWidth];
-        load_weights<T, kProb, kWidth>(row, c, weights);
+      for (int k = 0; k < kPart<kWidth>; ++k) partial += Math<T>::exp(x[k] - shift);
+      if (R::kProb || (!R::kPlain && weighted)) {
+        float weights[kPart<kWidth>];
+        load_weights<kWidth>(row, c + part, probabilities, part, weights);
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
+        for (int k = 0; k < kPart<kWidth>; ++k) {
           sums.weight += weights[k];
           sums.deviation += weights[k] * (x[k] - shift);
         }
       }
-      sums.sum += partial;
     }
+    sums.sum += partial;
   }
 }
 
@@ -201,30 +273,49 @@ struct Split {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ Split split_row(const Row<T>& row) {
-  constexpr int kWidth = Packet<T>::kSize;
+template <typename R>
+__device__ __forceinline__ Split split_row(const R& row) {
+  constexpr int kWidth = Packet<typename R::T>::kSize;
   const int head = min(elements_to_alignment(row.logits), row.classes);
   const int packets = (row.classes - head) / kWidth;
   return {head, packets, row.classes - packets * kWidth};
 }
 
-// One thread's share of a row. Every layout that takes packets has at least 32 threads to a row,
-// and a row has at most 14 edges.
-template <typename T, bool kVector, bool kProb>
-__device__ __forceinline__ SoftmaxSums row_sums(const Row<T>& row, bool weighted, int first,
-                                                int step) {
+// A thread's share of a row: units, and one of the edges. Every layout that takes packets has at
+// least 32 threads to a row, and a row has at most 14 edges.
+template <typename R, bool kVector>
+struct Share {
+  static constexpr int kWidth = kVector ? Packet<typename R::T>::kSize : 1;
+  Units units, edge;
+
+  __device__ __forceinline__ Share(const R& row, const RowThread& thread) {
+    units = {0, row.classes, thread.first, thread.step};
+    edge = {0, 0, 0, 1};
+    if constexpr (kVector) {
+      const Split split = split_row(row);
+      units = {split.head, split.packets, thread.first, thread.step};
+      if (thread.first < split.edges) edge = {split.edge_class<kWidth>(thread.first), 1, 0, 1};
+    }
+  }
+};
+
+// One pass over a thread's share, the last tile first: the first one, which is full, stays in
+// `held`.
+template <typename R, bool kVector>
+__device__ __forceinline__ SoftmaxSums row_sums(const R& row, const Share<R, kVector>& share,
+                                                bool weighted,
+                                                Packet<typename R::T> (&held)[kTile]) {
+  constexpr int kWidth = Share<R, kVector>::kWidth;
   SoftmaxSums sums = no_logits();
   if constexpr (kVector) {
-    constexpr int kWidth = Packet<T>::kSize;
-    const Split split = split_row(row);
-    add_units<T, kProb, kWidth, kUnroll>(sums, row, weighted, split.head, split.packets, first,
-                                         step);
-    if (first < split.edges) {
-      add_units<T, kProb, 1, 1>(sums, row, weighted, split.edge_class<kWidth>(first), 1, 0, 1);
-    }
-  } else {
-    add_units<T, kProb, 1, kUnroll>(sums, row, weighted, 0, row.classes, first, step);
+    Packet<typename R::T> packet[1];
+    load_tile<1>(row, share.edge, 0, packet);
+    add_tile<1>(sums, row, weighted, share.edge, 0, packet);
+  }
+#pragma unroll 1
+  for (int tile = share.units.tiles(kTile) - 1; tile >= 0; --tile) {
+    load_tile<kWidth>(row, share.units, tile, held);
+    add_tile<kWidth>(sums, row, weighted, share.units, tile, held);
   }
   return sums;
 }

@@ -21,9 +21,4 @@ int backward(const fastnn::CrossEntropyProblem* problem,
              const fastnn::CrossEntropyGradient* gradient) {
   return fastnn::cross_entropy_backward_cuda(*problem, *gradient, nullptr);
 }
-
-// Threads per row and whether lanes are rows: what a problem of this shape is launched with.
-int layout(const fastnn::CrossEntropyProblem* problem, int width) {
-  return static_cast<int>(fastnn::plan(*problem, problem->strides.cls, width).layout);
-}
 }

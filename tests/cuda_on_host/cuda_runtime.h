@@ -1,12 +1,15 @@
 // Just enough of CUDA to run the kernels of csrc/cuda on the host, compiled as C++: every thread of
 // a block is a fiber, and fibers are resumed in a random order, so that a missing barrier shows. A
-// barrier that not every thread reaches ends the program with a message.
+// barrier that not every thread reaches ends the program with a message. The blocks of a cluster
+// run side by side on threads of the system, whose thread-local variables are their shared memory.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,13 +17,14 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #define __host__
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static thread_local
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -37,18 +41,48 @@ struct alignas(16) uint4 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+// A device of few multiprocessors, so that few rows fill it.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrClusterLaunch };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 1;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
 
 namespace on_host {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kStack = 128 * 1024;
 
-inline uint32_t random_state = 1;
+inline thread_local uint32_t random_state = 1;
 
 inline uint32_t random_number() {
   random_state ^= random_state << 13;
@@ -60,7 +94,7 @@ inline uint32_t random_number() {
 // sets of slots: nobody is two generations ahead of a thread that has still to read.
 struct Barrier {
   int size = 0, arrived = 0;
-  unsigned generation = 0;
+  std::atomic<unsigned> generation = 0;
   bool any[2] = {false, false};
   float slots[2][kWarpSize] = {};
 };
@@ -70,8 +104,15 @@ struct Fiber {
   jmp_buf resumption;
   std::unique_ptr<char[]> stack;
   bool entered = false, done = false;
-  const unsigned* waits_for = nullptr;  // a generation that has to move on
-  unsigned seen = 0;
+  const std::atomic<unsigned>* waits_for = nullptr;  // a generation that has to move on
+  unsigned seen = 0, seen_by_cluster = 0;
+};
+
+// The blocks that run side by side; `anchors` are the addresses of their copies of one variable.
+struct Cluster {
+  unsigned threads = 0;
+  std::atomic<unsigned> arrived = 0, generation = 0;
+  std::vector<char*> anchors;
 };
 
 struct Block {
@@ -83,7 +124,17 @@ struct Block {
   unsigned current = 0;
 };
 
-inline Block* block = nullptr;
+inline thread_local Block* block = nullptr;
+inline thread_local Cluster* cluster = nullptr;
+inline thread_local unsigned rank = 0;
+inline thread_local char anchor = 0;
+
+inline void wait_for(const std::atomic<unsigned>& generation, unsigned seen) {
+  Fiber& fiber = block->fibers[block->current];
+  fiber.waits_for = &generation;
+  fiber.seen = seen;
+  if (_setjmp(fiber.resumption) == 0) _longjmp(block->scheduler, 1);
+}
 
 // Returns the generation's slot set, once every thread has arrived.
 inline int wait(Barrier& barrier, bool predicate) {
@@ -96,10 +147,7 @@ inline int wait(Barrier& barrier, bool predicate) {
     ++barrier.generation;
     return set;
   }
-  Fiber& fiber = block->fibers[block->current];
-  fiber.waits_for = &barrier.generation;
-  fiber.seen = generation;
-  if (_setjmp(fiber.resumption) == 0) _longjmp(block->scheduler, 1);
+  wait_for(barrier.generation, generation);
   return set;
 }
 
@@ -119,7 +167,7 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
 
 }  // namespace on_host
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace on_host {
 
@@ -128,7 +176,7 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
   block = &running;
   running.body = body;
   running.fibers.resize(threads);
-  running.warps.resize(threads / kWarpSize);
+  running.warps = std::vector<Barrier>(threads / kWarpSize);
   for (auto& warp : running.warps) warp.size = kWarpSize;
   running.all.size = static_cast<int>(threads);
   for (auto& fiber : running.fibers) {
@@ -142,6 +190,7 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
   std::vector<unsigned> order(threads);
   for (unsigned i = 0; i < threads; ++i) order[i] = i;
   unsigned done = 0;
+  auto deadline = std::chrono::steady_clock::now();
   while (done < threads) {
     for (unsigned i = threads - 1; i > 0; --i)
       std::swap(order[i], order[random_number() % (i + 1)]);
@@ -157,7 +206,13 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
       resume(fiber);
       done += fiber.done;
     }
-    if (!moved) {
+    // The other blocks of a cluster may still arrive, for a while.
+    const auto now = std::chrono::steady_clock::now();
+    if (moved) {
+      deadline = now + std::chrono::seconds(cluster == nullptr ? 0 : 60);
+    } else if (now < deadline) {
+      std::this_thread::yield();
+    } else {
       std::fprintf(stderr, "a barrier was not reached by every thread\n");
       std::abort();
     }
@@ -168,6 +223,46 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
 }  // namespace on_host
 
 inline void __syncthreads() { on_host::wait(on_host::block->all, false); }
+
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const int lane = threadIdx.x % on_host::kWarpSize;
+  auto& barrier = on_host::block->warps[threadIdx.x / on_host::kWarpSize];
+  barrier.slots[barrier.generation % 2][lane] = predicate;
+  const int set = on_host::wait(barrier, false);
+  unsigned ballot = 0;
+  for (int other = 0; other < on_host::kWarpSize; ++other) {
+    ballot |= static_cast<unsigned>(barrier.slots[set][other] != 0.f) << other;
+  }
+  return ballot;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+inline void __syncwarp() {
+  on_host::wait(on_host::block->warps[threadIdx.x / on_host::kWarpSize], false);
+}
+
+inline unsigned __clusterSizeInBlocks() {
+  return static_cast<unsigned>(on_host::cluster->anchors.size());
+}
+inline unsigned __clusterRelativeBlockRank() { return on_host::rank; }
+inline void* __cluster_map_shared_rank(const void* shared, unsigned rank) {
+  const auto offset = static_cast<const char*>(shared) - &on_host::anchor;
+  return on_host::cluster->anchors[rank] + offset;
+}
+inline void __cluster_barrier_arrive() {
+  auto& cluster = *on_host::cluster;
+  on_host::block->fibers[on_host::block->current].seen_by_cluster = cluster.generation;
+  if (++cluster.arrived == cluster.threads) {
+    cluster.arrived = 0;
+    ++cluster.generation;
+  }
+}
+inline void __cluster_barrier_arrive_relaxed() { __cluster_barrier_arrive(); }
+inline void __cluster_barrier_wait() {
+  const auto& generation = on_host::cluster->generation;
+  const unsigned seen = on_host::block->fibers[on_host::block->current].seen_by_cluster;
+  if (generation == seen) on_host::wait_for(generation, seen);
+}
 
 inline int __syncthreads_or(int predicate) {
   auto& barrier = on_host::block->all;
@@ -192,14 +287,48 @@ T __ldg(const T* pointer) {
   return *pointer;
 }
 
+namespace on_host {
+
+inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned blocks,
+                        const std::function<void()>& body) {
+  Cluster shared;
+  shared.threads = blocks * config.blockDim.x;
+  shared.anchors.resize(blocks);
+  std::atomic<unsigned> ready = 0;
+  const uint32_t seed = random_state;
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < blocks; ++i) {
+    threads.emplace_back([&, i] {
+      random_state = seed + i;
+      gridDim = config.gridDim;
+      blockDim = config.blockDim;
+      blockIdx = dim3(first + i);
+      cluster = &shared;
+      rank = i;
+      shared.anchors[i] = &anchor;
+      for (++ready; ready < blocks;) std::this_thread::yield();
+      run_block(config.blockDim.x, body);
+    });
+  }
+  for (auto& thread : threads) thread.join();
+}
+
+}  // namespace on_host
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
-  for (unsigned i = 0; i < config->gridDim.x; ++i) {
+  const std::function<void()> body = [&] { kernel(arguments...); };
+  const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  for (unsigned i = 0; i < config->gridDim.x; i += cluster) {
     blockIdx = dim3(i, 0, 0);
-    on_host::run_block(config->blockDim.x, [&] { kernel(arguments...); });
+    if (cluster > 1) {
+      on_host::run_cluster(*config, i, cluster, body);
+    } else {
+      on_host::run_block(config->blockDim.x, body);
+    }
   }
   return cudaSuccess;
 }

@@ -86,20 +86,64 @@ __host__ __device__ __forceinline__ int elements_to_alignment(const T* pointer) 
   return past == 0 ? 0 : (16 - past) / static_cast<int>(sizeof(T));
 }
 
-// Reads data that no thread of the kernel writes, and that no other thread reads: it bypasses L1.
+// Reads data that no other thread of the kernel reads or writes: it bypasses L1.
 template <typename T>
 __device__ __forceinline__ Packet<T> load_packet(const T* pointer) {
   Packet<T> packet;
 #ifdef __CUDA_ARCH__
   uint4 words;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-      : "l"(__cvta_generic_to_global(pointer)));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(__cvta_generic_to_global(pointer)));
   *reinterpret_cast<uint4*>(&packet) = words;
 #else
   packet = *reinterpret_cast<const Packet<T>*>(pointer);
 #endif
   return packet;
+}
+
+// The half types two at a time, as the hardware converts and compares them.
+template <typename T>
+using PairOf = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+template <typename T, int kCount>
+__device__ __forceinline__ void pack(Packet<T>& packet, int begin, const float (&x)[kCount]) {
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; k += 2) {
+      PairOf<T>& pair = reinterpret_cast<PairOf<T>*>(&packet)[(begin + k) / 2];
+      if constexpr (std::is_same_v<T, __half>) {
+        pair = __floats2half2_rn(x[k], x[k + 1]);
+      } else {
+        pair = __floats2bfloat162_rn(x[k], x[k + 1]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) packet.values[begin + k] = from_float<T>(x[k]);
+  }
+}
+
+// The largest element of some packets; NaN only if they have nothing else.
+template <typename T, int kPackets>
+__device__ __forceinline__ float largest(const Packet<T> (&packets)[kPackets]) {
+  if constexpr (sizeof(T) == 4) {
+    float max = packets[0].values[0];
+#pragma unroll
+    for (int i = 1; i < kPackets * Packet<T>::kSize; ++i) {
+      max = fmaxf(max, packets[i / Packet<T>::kSize].values[i % Packet<T>::kSize]);
+    }
+    return max;
+  } else {
+    using Pair = PairOf<T>;
+    constexpr int kPairs = Packet<T>::kSize / 2;
+    Pair max = reinterpret_cast<const Pair*>(&packets[0])[0];
+#pragma unroll
+    for (int i = 1; i < kPackets * kPairs; ++i) {
+      max = __hmax2(max, reinterpret_cast<const Pair*>(&packets[i / kPairs])[i % kPairs]);
+    }
+    return fmaxf(to_float(max.x), to_float(max.y));
+  }
 }
 
 template <typename T>

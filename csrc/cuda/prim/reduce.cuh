@@ -1,7 +1,10 @@
-// Reductions over a warp or over the warps of a block, in a fixed order: same inputs, same bits.
+// Reductions over a warp, the warps of a block or the blocks of a cluster, in a fixed order: same
+// inputs, same bits.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include "cluster.cuh"
 
 namespace fastnn {
 
@@ -40,6 +43,21 @@ __device__ __forceinline__ S block_reduce(S value, S* shared, const S& identity,
   __syncthreads();
   value = lane < static_cast<int>(blockDim.x) / kWarp ? shared[lane] : identity;
   return warp_reduce(value, combine);
+}
+
+// Every thread gets the combination of the cluster's blocks, whose own `value` all their threads
+// have; `shared` holds kMaxCluster values, used once per kernel. The kernel has called
+// cluster_begin() before: no block writes to another that has not begun.
+template <typename S, typename Combine>
+__device__ __forceinline__ S cluster_reduce(S value, S* shared, Combine combine) {
+  const int blocks = cluster_size(), thread = threadIdx.x;
+  cluster_wait();
+  if (thread < blocks) *in_block(shared + cluster_rank(), thread) = value;
+  cluster_arrive();
+  cluster_wait();
+  value = shared[0];
+  for (int rank = 1; rank < blocks; ++rank) value = combine(value, shared[rank]);
+  return value;
 }
 
 // Thread (lane, warp) gets the combination of its lane over the block's warps; `shared` holds one

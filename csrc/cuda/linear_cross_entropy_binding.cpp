@@ -1,0 +1,362 @@
+// Softmax cross-entropy of logits = X W^T + b, X (N, D), W (V, D), without the N x V logits.
+//   Rows go in few large chunks. Per chunk: logits in X's dtype by one GEMM; statistics, loss and
+//   (in place) gradient by one launch of cross_entropy.cu; then dW += dlogits^T X and dX = dlogits
+//   W. So the forward makes the gradients for an upstream gradient of 1 with three GEMMs in all,
+//   and the backward of a scaled loss only scales them; reduction "none" and a used lse recompute.
+//   Rows whose label is ignored are moved to the end on the device, and not read; no call waits for
+//   the device. The GEMMs still have their rows (as zeros): how many there are is not known here.
+//   Memory: a chunk of logits and of X, and dW in float where it takes several chunks of a half
+//   type. The default is one chunk wherever its logits need no more than that together.
+//   Numerics: logits in X's dtype as F.linear gives them; everything else, and sums over chunks, in
+//   float. The mean's divisor multiplies inside the GEMMs, read from the device.
+// Floor: three GEMMs; beside them a read and a write of the logits (1.4 ms of 8192 x 128256 at 3.0
+//   TB/s, 4.3 % of the GEMMs at D = 4096). Not measured yet.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/cuda/Exceptions.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "cuda/linear_cross_entropy.h"
+#include "cuda/loss_binding.h"
+
+namespace fastnn {
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// At 4096 rows the GEMMs are at their best, and reading and writing dW once per chunk is hidden.
+constexpr int64_t kDefaultRows = 4096;
+constexpr int64_t kDefaultWorkspace = int64_t{1} << 30;
+constexpr int64_t kTileRows = 128;  // of a GEMM
+
+// Rows of a chunk. `row` is a row's bytes of logits, `sum_bytes` what dW takes in float if there
+// are several chunks.
+int64_t rows_per_chunk(int64_t rows, int64_t row, int64_t sum_bytes, int64_t workspace_bytes) {
+  int64_t most = std::max<int64_t>(1, workspace_bytes / row);
+  if (workspace_bytes < 0) {
+    most = std::clamp<int64_t>(kDefaultWorkspace / row, 1, kDefaultRows);
+    if (rows <= most + sum_bytes / row) most = rows;
+  }
+  most = std::max<int64_t>(1, std::min(most, rows));
+  const int64_t chunks = (rows + most - 1) / most;
+  const int64_t even = chunks == 0 ? 0 : (rows + chunks - 1) / chunks;
+  return std::min(most, (even + kTileRows - 1) / kTileRows * kTileRows);
+}
+
+cudaDataType_t cuda_type(at::ScalarType dtype) {
+  return dtype == at::kHalf ? CUDA_R_16F : dtype == at::kBFloat16 ? CUDA_R_16BF : CUDA_R_32F;
+}
+
+// GEMMs that ATen does not offer: sums in float of products of half types, and factors that are
+// read from the device.
+class Gemm {
+ public:
+  explicit Gemm(const Tensor& scalars)
+      : handle_(at::cuda::getCurrentCUDABlasHandle()),
+        scale_(scalars.const_data_ptr<float>()),
+        zero_(scale_ + 1),
+        one_(scale_ + 2) {
+    TORCH_CUDABLAS_CHECK(cublasGetPointerMode(handle_, &pointer_mode_));
+    TORCH_CUDABLAS_CHECK(cublasGetMathMode(handle_, &math_mode_));
+    TORCH_CUDABLAS_CHECK(cublasSetPointerMode(handle_, CUBLAS_POINTER_MODE_DEVICE));
+    const int exact = math_mode_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle_, static_cast<cublasMath_t>(exact)));
+  }
+  ~Gemm() {
+    cublasSetPointerMode(handle_, pointer_mode_);
+    cublasSetMathMode(handle_, math_mode_);
+  }
+  Gemm(const Gemm&) = delete;
+  Gemm& operator=(const Gemm&) = delete;
+
+  // c = scale * a^T b, or += where `adds`; with `transposed` false, a b. Row-major matrices.
+  void run(const Tensor& a, bool transposed, const Tensor& b, const Tensor& c, bool adds) const {
+    const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
+    if (m == 0 || n == 0) return;
+    // To cuBLAS, which counts columns first, it is c^T = b^T a.
+    TORCH_CUDABLAS_CHECK(cublasGemmEx(
+        handle_, CUBLAS_OP_N, transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k, scale_,
+        b.const_data_ptr(), cuda_type(b.scalar_type()), b.stride(0), a.const_data_ptr(),
+        cuda_type(a.scalar_type()), a.stride(0), adds ? one_ : zero_, c.mutable_data_ptr(),
+        cuda_type(c.scalar_type()), c.stride(0), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+  }
+
+ private:
+  cublasHandle_t handle_;
+  const float *scale_, *zero_, *one_;
+  cublasPointerMode_t pointer_mode_;
+  cublasMath_t math_mode_;
+};
+
+// Rows of neighbouring elements that do not overlap.
+Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+  const Tensor matrix = tensor.reshape({rows, columns});
+  return matrix.stride(1) == 1 && matrix.stride(0) >= columns ? matrix : matrix.contiguous();
+}
+
+RowBytes row_bytes(const Tensor& matrix) {
+  return {const_cast<void*>(matrix.const_data_ptr()), matrix.stride(0) * matrix.element_size()};
+}
+
+// One call: the arguments that forward and backward share, and the loop over the chunks.
+struct Call : LossArguments {
+  Tensor x, w, bias;
+  Tensor place, kept, scalars;           // labels: the compaction; and the GEMMs' factors
+  Tensor grad_input, grad_w, grad_bias;  // as the caller gets them, of shape (0) where not wanted
+  at::DimVector shape;                   // of the rows
+  int64_t rows, features, classes, workspace_bytes;
+  std::array<bool, 3> wants;
+  cudaStream_t stream;
+
+  Call(const char* op, const Tensor& input, const Tensor& linear_weight,
+       const optional<Tensor>& linear_bias, const Tensor& target, const optional<Tensor>& weight,
+       std::string_view reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+       double softcap, int64_t workspace_bytes_, std::array<bool, 3> output_mask)
+      : workspace_bytes(workspace_bytes_), wants(output_mask) {
+    check_float(input, false, op, "input");
+    FASTNN_CHECK(input.dim() >= 1, op, "input", "at least 1-D", input.dim());
+    FASTNN_CHECK(linear_weight.dim() == 2 && linear_weight.size(1) == input.size(-1), op,
+                 "linear_weight", "of shape (classes, in)", linear_weight.sizes());
+    check_dtype(linear_weight, input.scalar_type(), op, "linear_weight");
+    check_device(linear_weight, input, op, "linear_weight");
+    classes = linear_weight.size(0);
+    if (linear_bias.has_value()) {
+      check_shape(*linear_bias, {classes}, op, "linear_bias");
+      check_dtype(*linear_bias, input.scalar_type(), op, "linear_bias");
+      check_device(*linear_bias, input, op, "linear_bias");
+      bias = *linear_bias;
+    }
+    stream = c10::cuda::getCurrentCUDAStream();
+    shape = at::DimVector(input.sizes().slice(0, input.dim() - 1));
+    rows = c10::multiply_integers(shape);
+    features = input.size(-1);
+    x = as_matrix(input, rows, features);
+    w = as_matrix(linear_weight, classes, features);
+    set_rows(op, "linear_weight", rows, classes);
+    set_options(op, reduction, ignore_index, label_smoothing, z_loss, softcap);
+    at::DimVector soft_shape = shape;
+    soft_shape.push_back(classes);
+    set_target(op, input, target, weight, shape, soft_shape, /*classes_last=*/true);
+    problem.storage = storage_of(x);
+    problem.skip_ignored = true;
+
+    const auto gradient = [&](bool wanted, const Tensor& like, at::IntArrayRef sizes) {
+      return at::empty(wanted ? sizes : at::IntArrayRef({0}), like.options());
+    };
+    grad_input = gradient(wants[0], input, input.sizes());
+    grad_w = gradient(wants[1], linear_weight, linear_weight.sizes());
+    grad_bias = at::zeros({wants[2] ? classes : 0}, x.options().dtype(at::kFloat));
+    scalars = at::empty({3}, x.options().dtype(at::kFloat));
+    if (labels.defined()) {
+      place = at::empty({rows}, x.options().dtype(at::kInt));
+      kept = at::empty({1}, x.options().dtype(at::kInt));
+    }
+    if (wants_gradient()) set_weight_sum();
+  }
+
+  bool wants_gradient() const { return wants[0] || wants[1] || wants[2]; }
+
+  void compact(float* row_weight) {
+    if (!labels.defined()) return;
+    C10_CUDA_CHECK(compact_rows_cuda(
+        problem.labels, static_cast<int>(rows), problem.classes, problem.ignore_index,
+        problem.class_weight, place.data_ptr<int>(), kept.data_ptr<int>(), row_weight, stream));
+  }
+
+  // Calls rows_of_chunk(problem, first), which makes the gradient over the logits (or no gradient,
+  // where none is wanted), chunk after chunk; `scale` multiplies the gradients, null for 1.
+  template <typename Function>
+  void run(const float* total_weight, const Function& rows_of_chunk) {
+    const int* kept_rows = labels.defined() ? kept.const_data_ptr<int>() : nullptr;
+    C10_CUDA_CHECK(gemm_scalars_cuda(total_weight, kept_rows, scalars.data_ptr<float>(), stream));
+    const int64_t element = x.element_size(), per_packet = 16 / element;
+    const int64_t pitch = (classes + per_packet - 1) / per_packet * per_packet;
+    const bool narrow = x.scalar_type() != at::kFloat;
+    const int64_t sum_bytes = wants[1] && narrow ? classes * features * int64_t{4} : 0;
+    const int64_t step = rows_per_chunk(rows, pitch * element, sum_bytes, workspace_bytes);
+    const Tensor buffer = at::empty({step, pitch}, x.options());
+    const Tensor moved = labels.defined() ? at::empty({step, features}, x.options()) : Tensor();
+    Tensor ones, dw = grad_w;
+    if (wants[2]) ones = at::ones({step, 1}, x.options());
+    if (sum_bytes > 0 && step < rows) dw = at::empty(dw.sizes(), x.options().dtype(at::kFloat));
+    if (wants[1] && rows == 0) grad_w.zero_();
+    const Tensor dx = wants[0] ? grad_input.view({rows, features}) : Tensor();
+
+    for (int64_t first = 0; first < rows; first += step) {
+      const int64_t count = std::min(step, rows - first);
+      const auto move = [&](const Tensor& from, const Tensor& to, bool scatter) {
+        C10_CUDA_CHECK(move_rows_cuda(
+            row_bytes(from), row_bytes(to), features * element, static_cast<int>(element),
+            place.const_data_ptr<int>() + first, kept_rows, static_cast<int>(first),
+            static_cast<int>(count), scatter, stream));
+      };
+      Tensor part = x.narrow(0, first, count);
+      if (labels.defined()) {
+        part = moved.narrow(0, 0, count);
+        move(x, part, /*scatter=*/false);
+      }
+      Tensor logits = buffer.narrow(0, 0, count).narrow(1, 0, classes);
+      if (bias.defined()) {
+        at::addmm_out(logits, bias, part, w.t());
+      } else {
+        at::mm_out(logits, part, w.t());
+      }
+
+      CrossEntropyProblem chunk = problem;
+      chunk.logits = logits.const_data_ptr();
+      chunk.strides = {pitch, 1, 1};
+      chunk.rows = count;
+      if (labels.defined()) {
+        chunk.row_index = place.const_data_ptr<int>() + first;
+      } else {
+        chunk.probabilities = probabilities.narrow(0, first, count).const_data_ptr();
+      }
+      rows_of_chunk(chunk, labels.defined() ? 0 : first);
+      if (!wants_gradient()) continue;
+
+      const Gemm gemm(scalars);
+      if (wants[1]) gemm.run(logits, true, part, dw, first > 0);
+      if (wants[2]) {
+        gemm.run(logits, true, ones.narrow(0, 0, count), grad_bias.unsqueeze(1), first > 0);
+      }
+      if (!wants[0]) continue;
+      if (labels.defined()) {
+        gemm.run(logits, false, w, part, false);  // X's chunk has been used
+        move(part, dx, /*scatter=*/true);
+      } else {
+        gemm.run(logits, false, w, dx.narrow(0, first, count), false);
+      }
+    }
+    if (wants[1] && !dw.is_same(grad_w)) grad_w.copy_(dw);
+    grad_bias = grad_bias.to(w.scalar_type());
+  }
+};
+
+// The GEMMs below are ATen's: no graph of their own, and no cast by autocast.
+struct Guards {
+  explicit Guards(const Tensor& input, const char* op) : device(cuda_device(input, op)) {}
+  at::AutoDispatchBelowADInplaceOrView no_grad;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  c10::cuda::CUDAGuard device;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
+    const Tensor& input, const Tensor& linear_weight, const optional<Tensor>& linear_bias,
+    const Tensor& target, const optional<Tensor>& weight, std::string_view reduction,
+    int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+    int64_t workspace_bytes, std::array<bool, 3> output_mask) {
+  constexpr const char* kOp = "linear_cross_entropy_forward";
+  const Guards guards(input, kOp);
+  Call call(kOp, input, linear_weight, linear_bias, target, weight, reduction, ignore_index,
+            label_smoothing, z_loss, softcap, workspace_bytes, output_mask);
+  const int64_t rows = call.rows;
+  const auto options = input.options().dtype(at::kFloat);
+  Tensor row_loss = at::empty(call.shape, options), lse = at::empty(call.shape, options);
+  Tensor total_weight = at::empty({}, options), scratch, row_weight;
+  Tensor loss = call.per_row ? row_loss : at::empty({}, options);
+  scratch = at::empty({reduce_loss_scratch(rows)}, options);
+  float* row_weight_data = nullptr;
+  if (call.labels.defined()) {
+    row_weight = at::empty({rows}, options);
+    row_weight_data = row_weight.data_ptr<float>();
+  }
+  float *row_loss_data = row_loss.data_ptr<float>(), *lse_data = lse.data_ptr<float>();
+  float* total_data = total_weight.data_ptr<float>();
+  const auto reduce = [&](const float* losses, float* result) {
+    C10_CUDA_CHECK(reduce_loss_cuda(losses, row_weight_data, rows, call.mean,
+                                    scratch.data_ptr<float>(), result, total_data, call.stream));
+  };
+
+  call.compact(row_weight_data);
+  if (call.mean && call.wants_gradient()) reduce(nullptr, nullptr);
+  call.run(call.mean ? total_data : nullptr, [&](const CrossEntropyProblem& p, int64_t first) {
+    if (!call.wants_gradient()) {
+      C10_CUDA_CHECK(cross_entropy_forward_cuda(p, row_loss_data + first, lse_data + first, nullptr,
+                                                call.stream));
+      return;
+    }
+    CrossEntropyGradient gradient = {};
+    gradient.grad_logits = const_cast<void*>(p.logits);
+    gradient.grad_strides = p.strides;
+    gradient.row_loss = row_loss_data + first;
+    gradient.row_lse = lse_data + first;
+    C10_CUDA_CHECK(cross_entropy_backward_cuda(p, gradient, call.stream));
+  });
+  reduce(call.per_row ? nullptr : row_loss_data, call.per_row ? nullptr : loss.data_ptr<float>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {loss, lse, total_weight, call.grad_input, call.grad_w, call.grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    const Tensor& grad_loss, const optional<Tensor>& grad_lse, const Tensor& input,
+    const Tensor& linear_weight, const optional<Tensor>& linear_bias, const Tensor& target,
+    const optional<Tensor>& weight, const Tensor& lse, const Tensor& total_weight,
+    std::string_view reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+    double softcap, int64_t workspace_bytes, std::array<bool, 3> output_mask) {
+  constexpr const char* kOp = "linear_cross_entropy_backward";
+  const Guards guards(input, kOp);
+  Call call(kOp, input, linear_weight, linear_bias, target, weight, reduction, ignore_index,
+            label_smoothing, z_loss, softcap, workspace_bytes, output_mask);
+  const auto floats = [&](const Tensor& tensor, at::IntArrayRef shape, const char* name) {
+    return as_floats(tensor, input, shape, kOp, name);
+  };
+  const at::IntArrayRef shape = call.shape;
+  const Tensor upstream = floats(grad_loss, call.per_row ? shape : at::IntArrayRef{}, "grad_loss");
+  const Tensor upstream_lse =
+      grad_lse.has_value() ? floats(*grad_lse, shape, "grad_lse") : Tensor();
+  const Tensor row_lse = floats(lse, shape, "lse");
+  const Tensor divisor = floats(total_weight, {}, "total_weight");
+  if (!call.wants_gradient()) return {call.grad_input, call.grad_w, call.grad_bias};
+
+  call.compact(nullptr);
+  call.run(nullptr, [&](const CrossEntropyProblem& p, int64_t first) {
+    CrossEntropyGradient gradient = {};
+    gradient.grad_loss = upstream.const_data_ptr<float>() + (call.per_row ? first : 0);
+    gradient.grad_per_row = call.per_row;
+    if (upstream_lse.defined()) gradient.grad_lse = upstream_lse.const_data_ptr<float>() + first;
+    gradient.lse = row_lse.const_data_ptr<float>() + first;
+    gradient.total_weight = call.mean ? divisor.const_data_ptr<float>() : nullptr;
+    gradient.grad_logits = const_cast<void*>(p.logits);
+    gradient.grad_strides = p.strides;
+    C10_CUDA_CHECK(cross_entropy_backward_cuda(p, gradient, call.stream));
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {call.grad_input, call.grad_w, call.grad_bias};
+}
+
+void scale_(Tensor& tensor, const Tensor& scale) {
+  constexpr const char* kOp = "scale_";
+  const Guards guards(tensor, kOp);
+  check_float(tensor, false, kOp, "tensor");
+  FASTNN_CHECK(tensor.is_contiguous(), kOp, "tensor", "contiguous", tensor.strides());
+  const Tensor factor = as_floats(scale, tensor, {}, kOp, "scale");
+  C10_CUDA_CHECK(scale_cuda(tensor.mutable_data_ptr(), storage_of(tensor), tensor.numel(),
+                            factor.const_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+}  // namespace fastnn
+
+TORCH_LIBRARY_IMPL(fastnn, CUDA, m) {
+  m.impl("linear_cross_entropy_forward", fastnn::linear_cross_entropy_forward);
+  m.impl("linear_cross_entropy_backward", fastnn::linear_cross_entropy_backward);
+  m.impl("scale_", fastnn::scale_);
+}
