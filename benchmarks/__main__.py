@@ -116,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=str(common.default_device()))
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--case-seconds", type=float, help="time for the rounds of a case")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory runs")
     parser.add_argument(
         "--out", type=Path, help="where the JSON goes (a full run: benchmarks/results/)"
@@ -132,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = dataclasses.replace(
         settings,
         rounds=args.rounds or settings.rounds,
+        case_s=args.case_seconds or settings.case_s,
         compiled=args.compile or settings.compiled,
         with_memory=not args.no_memory,
     )
