@@ -119,6 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case-seconds", type=float, help="time for the rounds of a case")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory runs")
     parser.add_argument(
+        "--into", type=Path, help="put the rows in place of those of an earlier run's JSON"
+    )
+    parser.add_argument(
         "--out", type=Path, help="where the JSON goes (a full run: benchmarks/results/)"
     )
     args = parser.parse_args(arguments)
@@ -141,9 +144,11 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     results = run_with_progress(cases, torch.device(args.device), settings, console)
     console.print(summary(results))
-    out = args.out
+    out = args.out or args.into
     if out is None and not (args.quick or args.family or args.case):
         out = RESULTS / f"{machine.slug(results['machine'])}.json"
+    if args.into is not None:
+        results = runner.replaced(json.loads(args.into.read_text()), results)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")

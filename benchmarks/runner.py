@@ -125,3 +125,14 @@ def run(
         "settings": {"rounds": settings.rounds, "sample_s": settings.sample_s},
         "rows": rows,
     }
+
+
+def replaced(earlier: dict, results: dict) -> dict:
+    """An earlier run with these rows in place of its own; such a row names its commit."""
+    same = ("name", "isa", "threads", "torch")
+    mine, theirs = ({k: r["machine"][k] for k in same} for r in (results, earlier))
+    if mine != theirs:
+        raise ValueError(f"the earlier run is of {theirs}, this one of {mine}")
+    rows = {row["label"]: row | {"commit": results["machine"]["commit"]} for row in results["rows"]}
+    known = [rows.pop(row["label"], row) for row in earlier["rows"]]
+    return earlier | {"rows": known + list(rows.values())}

@@ -117,6 +117,19 @@ def test_ratios_are_formed_within_a_round():
     assert ratio["ratio_p20"] == pytest.approx(2.4) and ratio["ratio_p80"] == pytest.approx(3.6)
 
 
+def test_rows_of_an_earlier_run_are_replaced(results):
+    again = copy.deepcopy(results)
+    again["rows"] = [results["rows"][1] | {"reason": "again"}]
+    again["machine"]["commit"] = "later"
+    merged = runner.replaced(results, again)
+    assert [row["label"] for row in merged["rows"]] == [row["label"] for row in results["rows"]]
+    assert merged["rows"][1]["reason"] == "again" and merged["rows"][1]["commit"] == "later"
+    assert merged["rows"][0] == results["rows"][0]
+    again["machine"]["threads"] += 1
+    with pytest.raises(ValueError, match="earlier run"):
+        runner.replaced(results, again)
+
+
 class FakeClock:
     def __init__(self):
         self.order = []

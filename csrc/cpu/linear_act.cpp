@@ -497,22 +497,33 @@ at::Tensor dropout_cpu(const at::Tensor& input, const at::Tensor& seed, double p
     using T = decltype(tag);
     const T* x = in.const_data_ptr<T>();
     T* y = out.mutable_data_ptr<T>();
-    parallel_tasks(rows * pieces, std::min(cols, kPiece) * 8, [&](int64_t task) {
-      const int64_t row = task / pieces, piece = task % pieces * kPiece;
-      const int64_t end = std::min(cols, piece + kPiece);
-      const AccVec<T> scale(static_cast<accumulate_t<T>>(rate.scale));
+    const bool large = out.nbytes() >= kStreamBytes;
+    const AccVec<T> scale(static_cast<accumulate_t<T>>(rate.scale));
+    const auto piece_of_row = [&](int64_t row, int64_t begin) {
+      const int64_t end = std::min(cols, begin + kPiece);
       uint16_t bits[kDrawn / 16];
-      for (int64_t col = piece; col < end; col += kDrawn) {
+      for (int64_t col = begin; col < end; col += kDrawn) {
         const int64_t count = std::min(kDrawn, end - col);
         dropout_bits(state, rate, row, cols, col, count, bits);
         const T* from = x + row * cols + col;
         T* to = y + row * cols + col;
+        const bool stream = large && count == kDrawn && streamable(to);
         for (int64_t i = 0; i < count; i += kLanes<T>) {
           const int64_t width = std::min(kLanes<T>, count - i);
-          const AccVec<T> v = load_vec(from + i, width) * scale;
-          store_vec(to + i, keep_lanes(v, bits_at(bits, i)), width);
+          const AccVec<T> kept = keep_lanes(load_vec(from + i, width) * scale, bits_at(bits, i));
+          if (stream) {
+            stream_vec(to + i, kept);
+          } else {
+            store_vec(to + i, kept, width);
+          }
         }
       }
+    };
+    parallel_ranges(rows * pieces, std::min(cols, kPiece) * 8, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        piece_of_row(task / pieces, task % pieces * kPiece);
+      }
+      end_stream();
     });
   });
   return out;

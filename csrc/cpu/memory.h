@@ -17,6 +17,10 @@
 namespace fastnn {
 inline namespace CPU_CAPABILITY {
 
+// Results from here on are written past the caches, which would not hold them until they are read,
+// and would first have to read what is overwritten: a quarter of the traffic of a fresh result.
+inline constexpr size_t kStreamBytes = size_t{16} << 20;
+
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

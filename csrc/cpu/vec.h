@@ -83,6 +83,37 @@ C10_ALWAYS_INLINE void store_vec(T* p, const AccVec<T>& v, int64_t n) {
   }
 }
 
+// Whether a vector of T may be streamed to `p`.
+template <typename T>
+inline bool streamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes<T> * sizeof(T)) == 0;
+}
+
+// Writes past the caches; end_stream() before another thread reads.
+template <typename T>
+inline void stream_vec(T* p, const AccVec<T>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_stream_ps(p, v);
+  } else if constexpr (std::is_same_v<T, double>) {
+    _mm512_stream_pd(p, v);
+  } else {
+    alignas(32) T lanes[kLanes<T>];
+    store_vec(lanes, v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+  }
+#else
+  store_vec(p, v);
+#endif
+}
+
+inline void end_stream() {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm_sfence();
+#endif
+}
+
 // The functions that activation.h is written in, for vectors. Those of float are inlined: half the
 // time of libtorch's out-of-line ones, and what a value and its derivative share is computed once.
 template <typename A>
