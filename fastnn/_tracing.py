@@ -12,18 +12,28 @@ import copy
 import dis
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from types import CodeType
 
 import torch
 from torch import fx, nn
 
+_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
+
+
+def _is_a_models(code: CodeType) -> bool:
+    """Whether code that ran in a trace is neither torch's nor Python's own."""
+    path = code.co_filename
+    if path.startswith(_LIBRARY) and "-packages" not in path:
+        return False
+    return not path.startswith((_TORCH, __file__, "<frozen"))
 
 
 def _branches(code: CodeType) -> bool:
@@ -47,7 +57,7 @@ def _trace(module: nn.Module) -> tuple[fx.Graph, bool]:
     ran: set[CodeType] = set()
 
     def note(frame, event, argument):
-        if event == "call" and not frame.f_code.co_filename.startswith((_TORCH, __file__)):
+        if event == "call" and _is_a_models(frame.f_code):
             ran.add(frame.f_code)
 
     before = sys.getprofile()

@@ -32,7 +32,8 @@ def _routed(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     options = {"scale": scale, "enable_gqa": enable_gqa}
     # Somebody may have kept this function beyond `disable`.
-    if _depth and not has_torch_function((query, key, value, attn_mask)):
+    plain = _depth and not has_torch_function((query, key, value, attn_mask))
+    if plain and query.device.type in ("cpu", "cuda"):
         with contextlib.suppress(NotImplementedError):  # a backend by name that cannot serve it
             return attention.scaled_dot_product_attention(*arguments, **options)
     return _stock(*arguments, **options)

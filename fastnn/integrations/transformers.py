@@ -323,7 +323,7 @@ def _model_plan(model: nn.Module, lm_loss: bool) -> Plan | None:
     if calls_loss and loss is not None and "_loss_function" not in model.__dict__:
         attributes["_loss_function"] = loss
         said.append("loss")
-    if lm_loss and calls_loss:
+    if lm_loss and model.get_output_embeddings() is not None:
         ours = counterpart(kind)
         if ours is not None and "forward" not in model.__dict__:
             kind = ours
