@@ -135,7 +135,7 @@ def linear_act(
         RuntimeError: shapes, dtypes or devices that do not fit.
         TypeError: an argument that is no tensor.
     Backends:
-        native (CPU), triton, reference.
+        native (CPU, CUDA), triton, reference.
     Reference:
         Hendrycks & Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202); Salmon et al.
         2011 for the generator.
@@ -201,7 +201,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         ValueError: p outside [0, 1].
         TypeError: an input that is no tensor.
     Backends:
-        native (CPU), triton, reference.
+        native (CPU, CUDA), triton, reference.
     Reference:
         Srivastava et al. 2014; Salmon et al. 2011 for the generator.
     """

@@ -1,7 +1,14 @@
+import ctypes
 import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[1]
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels then run on the CPU.
@@ -42,3 +49,25 @@ def assert_close_to_oracle(ours, torchs, oracle, factor=2.0, what="result"):
     allowed = factor * (torchs.double()[finite] - wanted).abs().nan_to_num(0.0).max().item()
     allowed += EPSILON[ours.dtype] * wanted.abs().max().item() + 1e-30
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def host_binary(output, *arguments):
+    """Kernels compiled for this machine, on tests/cuda_on_host; skips where that is impossible."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs a C++ compiler with _Float16 on x86-64")
+    command = [
+        compiler, "-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas",
+        "-fsanitize=alignment,signed-integer-overflow,shift,bounds",
+        "-fsanitize-undefined-trap-on-error", f"-I{ROOT / 'tests/cuda_on_host'}",
+        f"-I{ROOT / 'csrc'}", *arguments, "-o", str(output),
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return str(output)
+
+
+def host_library(folder, *stems):
+    """The sources of tests/cuda_on_host as a library."""
+    sources = [str(ROOT / f"tests/cuda_on_host/{stem}.cpp") for stem in stems]
+    return ctypes.CDLL(host_binary(folder / f"{stems[0]}.so", "-shared", *sources))

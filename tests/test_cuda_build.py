@@ -1,5 +1,6 @@
 """The CUDA kernels compile for every target without spills; no device is needed."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -68,8 +69,21 @@ def test_compiles_without_spills(reports, source, target):
     assert all(kernel["target"] == f"sm_{target}" for kernel in kernels)
 
 
+def test_the_hopper_product_has_hoppers_instructions(reports):
+    """wgmma (HGMMA), the copy engine (UTMALDG, UTMASTG), registers that change hands."""
+    triton = importlib.util.find_spec("triton")
+    tools = "" if triton is None else str(Path(triton.origin).parent / "backends/nvidia/bin")
+    disassembler = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=tools)
+    if disassembler is None:
+        pytest.skip("cuobjdump was not found")
+    cubin = reports["linear_act_sm90.cu", "90a"].args[-1]
+    listing = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True).stdout
+    for instruction in ("HGMMA.64x256x16", "UTMALDG", "UTMASTG", "USETMAXREG", "STSM"):
+        assert instruction in listing, instruction
+
+
 def test_sources_are_found():
-    assert "cross_entropy.cu" in SOURCES
+    assert {"cross_entropy.cu", "linear_act.cu", "linear_act_sm90.cu"} <= set(SOURCES)
 
 
 def sources_of(*patterns):
@@ -101,5 +115,6 @@ def test_cuda_build_registers_its_kernels():
     if fastnn._C.build_info()["cuda"] is None:
         pytest.skip("fastnn._C was built without CUDA")
     assert torch.version.cuda.split(".")[0] == fastnn._C.build_info()["cuda"].split(".")[0]
-    for op in _ops.FAMILIES["cross_entropy"] + _ops.FAMILIES["linear_cross_entropy"]:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{op}", "CUDA")
+    for family in ("linear_act", "dropout", "cross_entropy", "linear_cross_entropy"):
+        for op in _ops.FAMILIES[family]:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{op}", "CUDA")

@@ -8,19 +8,13 @@ misaligned packets trap.
 import ctypes
 import math
 import mmap
-import os
-import platform
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close_to_oracle
+from conftest import assert_close_to_oracle, host_library
 
 from fastnn import reference
 
-ROOT = Path(__file__).parents[1]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 GUARD = 64
 CANARY = 12345.0
@@ -53,30 +47,14 @@ class Gradient(ctypes.Structure):
     ]  # fmt: skip
 
 
-def built(tmp_path_factory, stem):
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None or platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("needs a C++ compiler with _Float16 on x86-64")
-    library = tmp_path_factory.mktemp("cuda_on_host") / f"{stem}.so"
-    command = [
-        compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas",
-        "-fsanitize=alignment,signed-integer-overflow,shift,bounds",
-        "-fsanitize-undefined-trap-on-error", f"-I{ROOT / 'tests/cuda_on_host'}",
-        f"-I{ROOT / 'csrc'}", str(ROOT / f"tests/cuda_on_host/{stem}.cpp"), "-o", str(library),
-    ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return ctypes.CDLL(str(library))
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    return built(tmp_path_factory, "cross_entropy")
+    return host_library(tmp_path_factory.mktemp("cuda_on_host"), "cross_entropy")
 
 
 @pytest.fixture(scope="module")
 def linear_kernels(tmp_path_factory):
-    return built(tmp_path_factory, "linear_cross_entropy")
+    return host_library(tmp_path_factory.mktemp("cuda_on_host"), "linear_cross_entropy")
 
 
 def guarded(shape, strides, dtype, fill, offset=0):

@@ -9,22 +9,10 @@
 #include <string_view>
 
 #include "check.h"
+#include "cuda/binding.h"
 #include "cuda/cross_entropy.h"
 
 namespace fastnn {
-
-inline Storage storage_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kHalf:
-      return Storage::kFloat16;
-    case at::kBFloat16:
-      return Storage::kBFloat16;
-    case at::kDouble:
-      return Storage::kFloat64;
-    default:
-      return Storage::kFloat32;
-  }
-}
 
 // (C), (N, C) or (N, C, d1, ...) as (N, C, D); a view wherever the strides allow one.
 inline at::Tensor as_rows(const at::Tensor& tensor) {

@@ -1,7 +1,8 @@
 // Just enough of CUDA to run the kernels of csrc/cuda on the host, compiled as C++: every thread of
 // a block is a fiber, and fibers are resumed in a random order, so that a missing barrier shows. A
 // barrier that not every thread reaches ends the program with a message. The blocks of a cluster
-// run side by side on threads of the system, whose thread-local variables are their shared memory.
+// run side by side on threads of the system, whose thread-local variables are their shared memory;
+// one of them at a time runs, for a round of its fibers.
 #pragma once
 
 #include <setjmp.h>
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -38,6 +40,10 @@ struct dim3 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
@@ -61,8 +67,10 @@ struct cudaLaunchConfig_t {
 // A device of few multiprocessors, so that few rows fill it.
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrClusterLaunch };
 struct cudaFuncAttributes {
-  int ptxVersion;
+  int ptxVersion, numRegs;
 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaMemcpyKind { cudaMemcpyDefault };
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -74,8 +82,24 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
   attributes->ptxVersion = 90;
+  attributes->numRegs = 255;
   return cudaSuccess;
 }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <typename T>
+cudaError_t cudaMalloc(T** memory, size_t bytes) {
+  *memory = static_cast<T*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 
 namespace on_host {
 
@@ -97,7 +121,10 @@ struct Barrier {
   std::atomic<unsigned> generation = 0;
   bool any[2] = {false, false};
   float slots[2][kWarpSize] = {};
+  const void* offers[kWarpSize] = {};
 };
+
+using Task = std::function<void()>;
 
 struct Fiber {
   ucontext_t context;  // to enter it; later switches are jumps, which make no system call
@@ -106,19 +133,27 @@ struct Fiber {
   bool entered = false, done = false;
   const std::atomic<unsigned>* waits_for = nullptr;  // a generation that has to move on
   unsigned seen = 0, seen_by_cluster = 0;
+  // Asynchronous work of this thread that is not done yet: closed groups, and the open one.
+  std::vector<std::vector<Task>> groups;
+  std::vector<Task> open;
 };
 
-// The blocks that run side by side; `anchors` are the addresses of their copies of one variable.
+// The blocks that run side by side; `anchors` are the addresses of their copies of one variable,
+// `shared` their dynamic shared memory.
 struct Cluster {
   unsigned threads = 0;
   std::atomic<unsigned> arrived = 0, generation = 0;
-  std::vector<char*> anchors;
+  std::vector<char*> anchors, shared;
+  std::mutex turn;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier all;
+  Barrier named[16];
+  std::vector<Task> copies;  // by the copy engine, done at a random time
+  char* shared = nullptr;    // dynamic
   jmp_buf scheduler;
   std::function<void()> body;
   unsigned current = 0;
@@ -129,11 +164,22 @@ inline thread_local Cluster* cluster = nullptr;
 inline thread_local unsigned rank = 0;
 inline thread_local char anchor = 0;
 
+inline Fiber& fiber() { return block->fibers[block->current]; }
+
+inline void pause() {
+  if (_setjmp(fiber().resumption) == 0) _longjmp(block->scheduler, 1);
+}
+
 inline void wait_for(const std::atomic<unsigned>& generation, unsigned seen) {
-  Fiber& fiber = block->fibers[block->current];
-  fiber.waits_for = &generation;
-  fiber.seen = seen;
-  if (_setjmp(fiber.resumption) == 0) _longjmp(block->scheduler, 1);
+  fiber().waits_for = &generation;
+  fiber().seen = seen;
+  pause();
+}
+
+// Lets the others go on; now and then for so long that a thread which overwrites what this one has
+// still to read does so.
+inline void dawdle() {
+  for (int turns = random_number() % 32 == 0 ? 60 : 0; turns > 0; --turns) pause();
 }
 
 // Returns the generation's slot set, once every thread has arrived.
@@ -171,9 +217,59 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace on_host {
 
-inline void run_block(unsigned threads, const std::function<void()>& body) {
+// Every lane of the warp offers a pointer; `use` gets all of them, and no lane goes on before every
+// lane has used them.
+template <typename Use>
+void exchange(const void* offer, const Use& use) {
+  Barrier& warp = block->warps[threadIdx.x / kWarpSize];
+  warp.offers[threadIdx.x % kWarpSize] = offer;
+  wait(warp, false);
+  use(warp.offers);
+  wait(warp, false);
+}
+
+// Closes the running thread's open group of asynchronous work.
+inline void commit_group() {
+  fiber().groups.push_back(std::move(fiber().open));
+  fiber().open.clear();
+}
+
+// Does the running thread's groups but the last `pending`.
+inline void wait_groups(size_t pending) {
+  auto& groups = fiber().groups;
+  while (groups.size() > pending) {
+    for (const Task& task : groups.front()) task();
+    groups.erase(groups.begin());
+  }
+}
+
+inline void do_random_copy() {
+  auto& copies = block->copies;
+  const size_t index = random_number() % copies.size();
+  const Task copy = std::move(copies[index]);
+  copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(index));
+  copy();
+}
+
+// Dynamic shared memory: NaN until it is written.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes) : memory_(new char[bytes + kAlignment]) {
+    std::memset(memory_.get(), 0xff, bytes + kAlignment);
+  }
+  char* data() const {
+    return memory_.get() + (kAlignment - reinterpret_cast<uintptr_t>(memory_.get()) % kAlignment);
+  }
+
+ private:
+  static constexpr size_t kAlignment = 1024;
+  std::unique_ptr<char[]> memory_;
+};
+
+inline void run_block(unsigned threads, char* shared, const std::function<void()>& body) {
   Block running;
   block = &running;
+  running.shared = shared;
   running.body = body;
   running.fibers.resize(threads);
   running.warps = std::vector<Barrier>(threads / kWarpSize);
@@ -195,7 +291,10 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
     for (unsigned i = threads - 1; i > 0; --i)
       std::swap(order[i], order[random_number() % (i + 1)]);
     bool moved = false;
+    std::unique_lock<std::mutex> turn;
+    if (cluster != nullptr) turn = std::unique_lock(cluster->turn);
     for (const unsigned index : order) {
+      if (!running.copies.empty() && random_number() % 64 == 0) do_random_copy();
       Fiber& fiber = running.fibers[index];
       const bool waits = fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen;
       if (fiber.done || waits) continue;
@@ -206,6 +305,11 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
       resume(fiber);
       done += fiber.done;
     }
+    if (!moved && !running.copies.empty()) {
+      do_random_copy();
+      moved = true;
+    }
+    if (turn) turn.unlock();
     // The other blocks of a cluster may still arrive, for a while.
     const auto now = std::chrono::steady_clock::now();
     if (moved) {
@@ -216,6 +320,10 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
       std::fprintf(stderr, "a barrier was not reached by every thread\n");
       std::abort();
     }
+  }
+  if (!running.copies.empty()) {
+    std::fprintf(stderr, "a copy was under way when its block ended\n");
+    std::abort();
   }
   block = nullptr;
 }
@@ -276,6 +384,8 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return barrier.slots[on_host::wait(barrier, false)][lane ^ mask];
 }
 
+inline int atomicAdd(int* sum, int value) { return std::atomic_ref<int>(*sum).fetch_add(value); }
+
 inline float __int_as_float(int bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -294,6 +404,11 @@ inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsign
   Cluster shared;
   shared.threads = blocks * config.blockDim.x;
   shared.anchors.resize(blocks);
+  std::vector<SharedMemory> memory;
+  for (unsigned i = 0; i < blocks; ++i) {
+    memory.emplace_back(config.dynamicSmemBytes);
+    shared.shared.push_back(memory.back().data());
+  }
   std::atomic<unsigned> ready = 0;
   const uint32_t seed = random_state;
   std::vector<std::thread> threads;
@@ -307,7 +422,7 @@ inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsign
       rank = i;
       shared.anchors[i] = &anchor;
       for (++ready; ready < blocks;) std::this_thread::yield();
-      run_block(config.blockDim.x, body);
+      run_block(config.blockDim.x, shared.shared[i], body);
     });
   }
   for (auto& thread : threads) thread.join();
@@ -327,7 +442,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (cluster > 1) {
       on_host::run_cluster(*config, i, cluster, body);
     } else {
-      on_host::run_block(config->blockDim.x, body);
+      const on_host::SharedMemory shared(config->dynamicSmemBytes);
+      on_host::run_block(config->blockDim.x, shared.data(), body);
     }
   }
   return cudaSuccess;

@@ -1,0 +1,45 @@
+// Which kernel makes a product: the one table, by shape and device.
+#pragma once
+
+#include "cuda/linear_act.h"
+
+namespace fastnn {
+
+enum class GemmPath : int { kSm90, kPortable, kCublas };
+
+struct PathRow {
+  int capability;                     // of the device, 10 * major; 0 is any
+  bool half_only;                     // not for float32
+  int64_t least_m, least_n, least_k;  // the smallest shape
+  int64_t most_m, most_n, most_k;     // the largest
+  GemmPath path;
+};
+
+// The first row that fits and whose kernel can serve the problem. UNMEASURED: what reasoning
+// suggests until a GPU has filled it.
+//   Hopper's own kernel wants a cluster's tile of 256 x 256 and enough of K for its pipeline; below
+//   that, one launch of the portable kernel beats a product and an epilogue where both are short.
+constexpr int64_t kAny = int64_t{1} << 62;
+constexpr PathRow kPaths[] = {
+    {90, true, 256, 256, 256, kAny, kAny, kAny, GemmPath::kSm90},
+    {0, true, 1, 1, 0, 512, 512, 1024, GemmPath::kPortable},
+    {0, false, 1, 1, 0, 128, 128, 256, GemmPath::kPortable},
+    {0, false, 0, 0, 0, kAny, kAny, kAny, GemmPath::kCublas},
+};
+
+inline bool path_serves(GemmPath path, const GemmProblem& p, int capability) {
+  return path != GemmPath::kSm90 || (capability == 90 && gemm_sm90_serves(p) && gemm_sm90_built());
+}
+
+inline GemmPath choose_path(const GemmProblem& p, int capability) {
+  for (const PathRow& row : kPaths) {
+    const bool fits = (row.capability == 0 || row.capability == capability) &&
+                      !(row.half_only && p.storage == Storage::kFloat32) && p.m >= row.least_m &&
+                      p.n >= row.least_n && p.k >= row.least_k && p.m <= row.most_m &&
+                      p.n <= row.most_n && p.k <= row.most_k;
+    if (fits && path_serves(row.path, p, capability)) return row.path;
+  }
+  return GemmPath::kCublas;
+}
+
+}  // namespace fastnn

@@ -1,0 +1,82 @@
+// csrc/cuda/prim/tma.cuh for the host: loads happen at a random time, stores when they are waited
+// for.
+#pragma once
+
+#include "cuda/prim/wgmma_layout.cuh"
+#include "mbarrier.cuh"
+
+namespace fastnn {
+
+struct TensorView {
+  const void* data;
+  int64_t columns, rows, parts, row_stride, part_stride;
+  int box_rows;
+};
+using TensorMap = TensorView;
+
+inline cudaError_t make_tensor_map(const TensorView& view, bool, TensorMap* map) {
+  const bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
+                       view.row_stride * 2 % 16 == 0 && view.part_stride * 2 % 16 == 0;
+  if (!aligned || view.box_rows > 256) return cudaErrorInvalidValue;
+  *map = view;
+  return cudaSuccess;
+}
+
+inline void prefetch_map(const TensorMap&) {}
+
+// Calls f(element in memory or null, element in shared memory) for a box.
+template <typename F>
+void visit_box(const TensorMap& map, int column, int row, int part, char* shared, uint32_t at,
+               const F& f) {
+  if (at % kSwizzlePattern != 0) std::abort();
+  for (int r = 0; r < map.box_rows; ++r) {
+    for (int c = 0; c < kSwizzleElements; ++c) {
+      const bool inside = column + c >= 0 && column + c < map.columns && row + r >= 0 &&
+                          row + r < map.rows && part >= 0 && part < map.parts;
+      const auto* data = static_cast<const uint16_t*>(map.data);
+      const auto* element =
+          inside ? data + part * map.part_stride + (row + r) * map.row_stride + column + c
+                 : nullptr;
+      const uint32_t offset = at + static_cast<uint32_t>(r * kSwizzleRow + c * 2);
+      f(element, reinterpret_cast<uint16_t*>(shared + swizzled(offset)));
+    }
+  }
+}
+
+inline void load_box_multicast(void* shared, const TensorMap& map, int column, int row, int part,
+                               Mbarrier* barrier, uint16_t blocks) {
+  const uint32_t at = shared_address(shared), barrier_at = shared_address(barrier);
+  for (unsigned rank = 0; rank < 16; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    char* const memory = memory_of(rank);
+    on_host::block->copies.push_back([=, &map] {
+      visit_box(map, column, row, part, memory, at, [](const uint16_t* from, uint16_t* to) {
+        *to = from == nullptr ? uint16_t{0} : *from;
+      });
+      auto& b = HostMbarrier::of(reinterpret_cast<Mbarrier*>(memory + barrier_at));
+      b.expect(-map.box_rows * kSwizzleRow);
+      b.advance();
+    });
+  }
+}
+
+inline void load_box(void* shared, const TensorMap& map, int column, int row, int part,
+                     Mbarrier* barrier) {
+  load_box_multicast(shared, map, column, row, part, barrier,
+                     static_cast<uint16_t>(1u << on_host::rank));
+}
+
+inline void store_box(const TensorMap& map, int column, int row, int part, const void* shared) {
+  char* const memory = on_host::block->shared;
+  const uint32_t at = shared_address(shared);
+  on_host::fiber().open.push_back([=, &map] {
+    visit_box(map, column, row, part, memory, at, [](const uint16_t* to, uint16_t* from) {
+      if (to != nullptr) *const_cast<uint16_t*>(to) = *from;
+    });
+  });
+}
+inline void store_commit() { on_host::commit_group(); }
+inline void store_wait_read() { on_host::wait_groups(0); }
+inline void fence_async_proxy() {}
+
+}  // namespace fastnn
