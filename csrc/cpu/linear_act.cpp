@@ -8,9 +8,10 @@
 //   blocks in order: no result depends on the number of threads.
 // Numerics: float accumulation and epilogue (double for double); the pre-activation is rounded to
 //   the input's type only where it is saved. Dropout: csrc/philox.h.
-// Floor: the GEMMs. gelu 2048x768->3072 on two Zen 4 cores, forward and forward+backward: bfloat16
-//   26 of 22 ms and 76 of 66 ms, float 49 of 42 ms and 147 of 126 ms; the rest is packing,
-//   transposing, fresh pages and, 1.2 ms each way, gelu.
+// Floor: the GEMMs at the peak of the FMAs (gemm.h). gelu 2048x768->3072 on two Zen 4 cores, the
+//   operators alone in a quiet run, forward and forward+backward: bfloat16 26 ms of 21 and 76 ms
+//   of 63, float 49 of 42 and 147 of 126; the rest is the tiles' own loss, packing, transposing,
+//   fresh pages and, in bfloat16 1.2 ms each way, gelu.
 #include <array>
 #include <atomic>
 #include <string_view>
@@ -32,9 +33,9 @@ namespace {
 template <typename C>
 constexpr int64_t kBlockRows = std::is_same_v<C, at::BFloat16> ? 96 : 48;
 constexpr int64_t kBlockCols = 2 * kPanel;
-// Rows of the input up to which the forward reads the weight in place. Packing 4096 x 4096 floats
-// takes 12 ms; without it 1, 8 and 16 rows take 2.3, 3.6 and 4.4 ms (bfloat16: 1.5, 2.4, 3.9), and
-// one row runs at copy speed.
+// Rows of the input up to which the forward reads the weight in place. 4096 -> 4096, 1, 8 and 16
+// rows: float 2.3, 3.6 and 4.4 ms, bfloat16 1.5, 2.4 and 3.9; packed first, 12 ms or more in float
+// and 7 or more in bfloat16.
 constexpr int64_t kFewRows = 16;
 
 // Calls f with the activation's struct and whether it is gated, as an std::bool_constant.
