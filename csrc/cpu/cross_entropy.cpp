@@ -7,8 +7,8 @@
 //   Few classes, and classes that are not contiguous, go through strips of 16 rows, one a lane.
 //   Memory: O(rows). Sums in float (double for double); the reduction over rows in double.
 //   Reached by two Zen 4 cores (copy 31 GB/s): forward float 1024x32000 in 5 ms, 26 GB/s of logits
-//   (8 ms without the prefetch of the next block), bfloat16 14 GB/s, bound by the exponentials, 3 ns
-//   a vector of 16; forward+backward 18 and 33 ms, a third of it the system zeroing fresh pages.
+//   (8 ms without the prefetch of the next block), bfloat16 14 GB/s, bound by the exponentials, 3
+//   ns a vector of 16; forward+backward 18 and 33 ms, a third of it the system zeroing fresh pages.
 #include "cross_entropy.h"
 
 #include <ATen/Dispatch.h>
