@@ -158,21 +158,5 @@ inline uint32_t bits_at(const uint16_t* bits, int64_t i) {
   return static_cast<uint32_t>(bits[i / 16]) >> (i % 16);
 }
 
-// mask[i] = scale or 0 for the columns [col, col + n) of `row`; col is a multiple of 8.
-template <typename A>
-inline void dropout_row(const PhiloxState& state, const DropoutRate& rate, int64_t row,
-                        int64_t cols, int64_t col, int64_t n, A* mask) {
-  const Vectorized<A> scale(static_cast<A>(rate.scale));
-  constexpr int64_t kLane = Vectorized<A>::size();
-  uint16_t bits[kDrawn / 16];
-  for (int64_t begin = 0; begin < n; begin += kDrawn) {
-    const int64_t count = std::min(n - begin, kDrawn);
-    dropout_bits(state, rate, row, cols, col + begin, count, bits);
-    for (int64_t i = 0; i < count; i += kLane) {
-      keep_lanes(scale, bits_at(bits, i)).store(mask + begin + i, std::min(kLane, count - i));
-    }
-  }
-}
-
 }  // namespace CPU_CAPABILITY
 }  // namespace fastnn
