@@ -173,14 +173,16 @@ def cross_entropy(
     classes = shape[1 if dims > 1 else 0]
     if (
         input.is_cpu
+        and not (z_loss or return_lse)
+        and softcap is None
+        and (logits := input.numel()) <= _TORCH_UP_TO
+        and logits <= _TORCH_ROWS * classes
         and backend.current_backend() == "auto"
-        and input.numel() <= min(_TORCH_UP_TO, _TORCH_ROWS * classes)
-        and not (z_loss or softcap is not None or return_lse)
+        and not torch.compiler.is_compiling()  # the graph would be of these sizes only
     ):
         return F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
     check_loss_options(name, weight, classes, reduction, label_smoothing, z_loss, softcap)
     rows_shape = shape[:1] + shape[2:] if dims > 1 else shape[1:]
     if dims == 1 and target.shape == (1,) and not target.is_floating_point():

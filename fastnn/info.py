@@ -13,7 +13,8 @@ import torch
 
 import fastnn
 from fastnn import _ops, backend
-from fastnn.cross_entropy import LEFT_TO_TORCH
+from fastnn.attention import LEFT_TO_TORCH as SMALL_ATTENTION
+from fastnn.cross_entropy import LEFT_TO_TORCH as SMALL_LOSSES
 from fastnn.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -125,7 +126,10 @@ def collect() -> dict:
             **{name: os.environ[name] for name in sorted(os.environ) if name[:7] == "FASTNN_"},
         },
         "availability": _availability(),
-        "auto_leaves_to_torch": {"cross_entropy on the CPU": LEFT_TO_TORCH},
+        "auto_leaves_to_torch": {
+            "cross_entropy on the CPU": SMALL_LOSSES,
+            "attention on the CPU": SMALL_ATTENTION,
+        },
     }
 
 

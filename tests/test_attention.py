@@ -360,11 +360,11 @@ def test_half_gradients_do_not_get_worse_with_the_sequence():
 
 
 @pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
-def test_bfloat16_gradients_of_a_long_sequence(causal):
-    """At most 1.5 times the error of torch's math path, which rounds nothing but its results; P and
-    dS rounded for the GEMMs make it the square root of 2. Torch's fused path is 3 to 8 times worse
-    in its worst element; ours, of which chance decides, is held to 2."""
-    torch.manual_seed(26)
+@pytest.mark.parametrize("seed", range(26, 29))
+def test_bfloat16_gradients_of_a_long_sequence(seed, causal):
+    """At most 1.5 times the error of torch's math path, which rounds nothing but its results: P and
+    dS are split in two for such lengths. Torch's fused path is 3 to 8 times worse."""
+    torch.manual_seed(seed)
     qkv, grad_out = operands((1, 1, 1, 6144, 6144, 64, 64), torch.bfloat16)
 
     def gradients(function, dtype):
@@ -377,8 +377,7 @@ def test_bfloat16_gradients_of_a_long_sequence(causal):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         math_path = gradients(F.scaled_dot_product_attention, torch.bfloat16)
     for name, ours, plain, wanted in zip(NAMES[:3], mine, math_path, exact, strict=True):
-        assert (ours - wanted).norm() <= 1.5 * (plain - wanted).norm(), name
-        assert (ours - wanted).abs().max() <= 2 * (plain - wanted).abs().max(), name
+        assert (ours - wanted).abs().max() <= 1.5 * (plain - wanted).abs().max(), name
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)

@@ -176,6 +176,29 @@ def test_backends():
     assert slopes.grad is not None
 
 
+def test_auto_leaves_small_plain_calls_to_torch(monkeypatch):
+    monkeypatch.setattr("fastnn.attention._TORCH_UP_TO", 4 * 9 * 7 * 8)
+    served = []
+    monkeypatch.setattr(backend, "resolve", lambda *args, **features: served.append(args))
+    q, k = torch.randn(2, 2, 9, 8), torch.randn(2, 2, 7, 8)
+    assert torch.equal(
+        attention(q, k, k, scale=0.3), F.scaled_dot_product_attention(q, k, k, scale=0.3)
+    )
+    assert not served
+    for more in (
+        {"attn_mask": torch.ones(9, 7, dtype=torch.bool)}, {"dropout_p": 0.5}, {"is_causal": True},
+        {"window": 2}, {"softcap": 1.0}, {"sinks": torch.ones(2)}, {"return_lse": True},
+    ):  # fmt: skip
+        attention(q, k, k, **more)
+        assert served.pop(), more
+    for other in (q.repeat(2, 1, 1, 1), q.double(), q.bfloat16()):
+        attention(other, other, other)
+        assert served.pop(), other.shape
+    with backend.use_backend("native"):
+        attention(q, k, k)
+    assert served
+
+
 MEMORY = """
 import resource, sys, torch
 from fastnn.attention import scaled_dot_product_attention

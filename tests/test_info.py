@@ -55,7 +55,7 @@ def test_features_are_those_that_the_functions_name(monkeypatch):
     functional.dropout(x)
     functional.cross_entropy(x, y, z_loss=0.1)  # auto leaves the plain one to torch
     functional.linear_cross_entropy(x, x, y)
-    functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None])
+    functional.scaled_dot_product_attention(*[x[None, None]] * 3, is_causal=True)
     assert asked.keys() == _ops.FAMILIES.keys()
     for family, features in info.FEATURES.items():
         assert {name for probe in features.values() for name in probe} <= asked[family]

@@ -24,6 +24,11 @@ struct Tile {
   Range panels;                          // that some row sees
   Range of_group[kQueryBlock / kGroup];  // the panels that a group of rows sees
   Range of_panel[kPanels];               // the rows, in whole groups, that see a panel
+
+  // The columns of a panel that are worth a product: half of it where the keys end there.
+  int64_t width_of(int64_t panel) const {
+    return cols - panel * kPanel > kPanel / 2 ? kPanel : kPanel / 2;
+  }
 };
 
 // Where element (row r, column 0) of a panel lies in a tile.
@@ -260,7 +265,7 @@ inline void tile_products(const Tile& t, int64_t depth, const C* a, int64_t lda,
   for (int64_t panel = t.panels.begin; panel < t.panels.end; ++panel) {
     const Range& rows = t.of_panel[panel];
     if (rows.empty()) continue;
-    tile_gemm<C>(rows.size(), kPanel, depth, a + rows.begin * lda, lda,
+    tile_gemm<C>(rows.size(), t.width_of(panel), depth, a + rows.begin * lda, lda,
                  packed + panel * kPanel * pad_k<C>(depth), c + tile_offset(panel, rows.begin),
                  kPanel, false);
   }

@@ -221,40 +221,40 @@ inline void micro_kernel(int64_t k, const C* __restrict a, int64_t lda, const C*
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-template <int kRows>
+template <int kRows, int kVecs>
 __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq"))) inline void
 micro_kernel_bf16(int64_t k, const at::BFloat16* __restrict a, int64_t lda,
                   const at::BFloat16* __restrict b, float* __restrict c, int64_t ldc, int64_t n,
                   bool accumulate) {
-  __m512 sum[kRows][4];
-  __mmask16 mask[4];
+  __m512 sum[kRows][kVecs];
+  __mmask16 mask[kVecs];
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < kVecs; ++j) {
     const int64_t width = n - j * 16;
     mask[j] = width >= 16 ? 0xFFFF : width <= 0 ? 0 : static_cast<__mmask16>((1u << width) - 1);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < kVecs; ++j) sum[i][j] = _mm512_setzero_ps();
   }
   for (int64_t p = 0; p < k; p += 2) {
-    __m512bh line[4];
+    __m512bh line[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) line[j] = (__m512bh)_mm512_loadu_si512(b + p * kPanel + j * 32);
+    for (int j = 0; j < kVecs; ++j) line[j] = (__m512bh)_mm512_loadu_si512(b + p * kPanel + j * 32);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       int pair;
       std::memcpy(&pair, a + i * lda + p, sizeof(pair));
       const __m512bh scalar = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], scalar, line[j]);
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], scalar, line[j]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kVecs; ++j) {
       float* out = c + i * ldc + j * 16;
       if (accumulate) sum[i][j] = _mm512_add_ps(_mm512_maskz_loadu_ps(mask[j], out), sum[i][j]);
       _mm512_mask_storeu_ps(out, mask[j], sum[i][j]);
@@ -263,13 +263,17 @@ micro_kernel_bf16(int64_t k, const at::BFloat16* __restrict a, int64_t lda,
 }
 #endif
 
-// kRows rows of C against one panel, n <= 64 columns of it.
+// kRows rows of C against one panel, n <= 64 columns of it; half a panel where that is enough.
 template <typename C, int kRows>
 inline void panel_rows(int64_t k, const C* a, int64_t lda, const C* b, accumulate_t<C>* c,
                        int64_t ldc, int64_t n, bool accumulate) {
   if constexpr (std::is_same_v<C, at::BFloat16>) {
 #if defined(CPU_CAPABILITY_AVX512)
-    micro_kernel_bf16<kRows>(k, a, lda, b, c, ldc, n, accumulate);
+    if (n > kPanel / 2) {
+      micro_kernel_bf16<kRows, 4>(k, a, lda, b, c, ldc, n, accumulate);
+    } else {
+      micro_kernel_bf16<kRows, 2>(k, a, lda, b, c, ldc, n, accumulate);
+    }
 #endif
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -279,7 +283,11 @@ inline void panel_rows(int64_t k, const C* a, int64_t lda, const C* b, accumulat
 #endif
     constexpr int64_t kStep = kVecs * Vectorized<C>::size();
     for (int64_t j = 0; j < n; j += kStep) {
-      micro_kernel<C, kRows, kVecs>(k, a, lda, b + j, c + j, ldc, n - j, accumulate);
+      if (n - j > kStep / 2) {
+        micro_kernel<C, kRows, kVecs>(k, a, lda, b + j, c + j, ldc, n - j, accumulate);
+      } else {
+        micro_kernel<C, kRows, kVecs / 2>(k, a, lda, b + j, c + j, ldc, n - j, accumulate);
+      }
     }
   }
 }
