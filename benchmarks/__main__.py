@@ -1,4 +1,8 @@
-"""`python -m benchmarks`: run cases, print a summary, write the JSON."""
+"""`python -m benchmarks`: run cases, print a summary, write the JSON.
+
+To hold all of torch back to AVX2, set ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2 and
+MKL_ENABLE_INSTRUCTIONS=AVX2: its products are oneDNN's and MKL's.
+"""
 
 from __future__ import annotations
 

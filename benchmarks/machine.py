@@ -15,6 +15,8 @@ import torch
 
 from benchmarks import common
 
+# What holds torch's own kernels back to an older instruction set, each library's by its own.
+_ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _NOTED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
 
@@ -59,6 +61,7 @@ def describe(device: torch.device) -> dict:
         "cpu": cpu,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cpu_flags": flags,
+        "environment": {name: os.environ[name] for name in _ISA_VARIABLES if name in os.environ},
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
