@@ -133,9 +133,9 @@ static void box() {
   T* raw = to_device(std::vector<T>(64 * 64, mark));
   BoxProblem p = {};
   TensorView view = {from, columns, rows, parts, columns, columns * rows, 64};
-  check_cuda(make_tensor_map(view, true, &p.from), "tensor map");
+  check_cuda(make_tensor_map(view, Storage::kBFloat16, &p.from), "tensor map");
   view.data = to;
-  check_cuda(make_tensor_map(view, true, &p.to), "tensor map");
+  check_cuda(make_tensor_map(view, Storage::kBFloat16, &p.to), "tensor map");
   p.column = column, p.row = row, p.part = part, p.raw = raw;
   launch(box_kernel, 2, 128, 64 * kSwizzleRow + 64, "box", p);
   const auto lies = from_device(raw, 64 * 64), copied = from_device(to, source.size());
@@ -159,6 +159,48 @@ static void box() {
   }
   report("copy engine: a box by multicast, swizzled, zeros outside", swizzle);
   report("copy engine: the box stored, nothing outside", bounds);
+}
+
+// --- a box of floats added to what is in memory, bounds cut off
+
+struct SumProblem {
+  TensorMap to;
+  int column, row;
+};
+
+__global__ void sum_kernel(const __grid_constant__ SumProblem p) {
+  char* box = dynamic_shared();
+  for (int i = threadIdx.x; i < 64 * 32; i += blockDim.x) {
+    const auto at = static_cast<uint32_t>(i / 32 * kSwizzleRow + i % 32 * 4);
+    *reinterpret_cast<float*>(box + swizzled(at)) = static_cast<float>(i);
+  }
+  fence_async_proxy();
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  add_box(p.to, p.column, p.row, 0, box);
+  store_commit();
+  store_wait_read();
+}
+
+static void sum() {
+  const int columns = 100, rows = 70, column = 80, row = 20;
+  float* to = to_device(std::vector<float>(columns * rows, 0.5f));
+  SumProblem p = {};
+  check_cuda(
+      make_tensor_map({to, columns, rows, 1, columns, columns, 64}, Storage::kFloat32, &p.to),
+      "tensor map");
+  p.column = column, p.row = row;
+  launch(sum_kernel, 1, 128, 64 * kSwizzleRow, "sum", p);
+  const auto sums = from_device(to, static_cast<size_t>(columns * rows));
+  bool right = true;
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) {
+      const bool inside = r >= row && c >= column && c < column + 32;
+      const int i = (r - row) * 32 + c - column;
+      right &= sums[r * columns + c] == 0.5f + (inside ? static_cast<float>(i) : 0.f);
+    }
+  }
+  report("copy engine: a box of floats added", right);
 }
 
 // --- one product of 64 x 256 x 64, each operand stored along and across K
@@ -212,9 +254,10 @@ static void tile(const char* what) {
   const int width = kBAcross ? 256 : 64;
   TileProblem p = {};
   p.d = d;
-  check_cuda(make_tensor_map({to_device(a), 64, 64, 1, 64, 64, 64}, true, &p.a), "tensor map");
+  check_cuda(make_tensor_map({to_device(a), 64, 64, 1, 64, 64, 64}, Storage::kBFloat16, &p.a), "tensor map");
   check_cuda(
-      make_tensor_map({to_device(b), width, 256 * 64 / width, 1, width, width, 64}, true, &p.b),
+      make_tensor_map({to_device(b), width, 256 * 64 / width, 1, width, width, 64},
+                      Storage::kBFloat16, &p.b),
       "tensor map");
   launch(tile_kernel<kAAcross, kBAcross>, 1, 128, 5 * 64 * kSwizzleRow + 64, what, p);
   const auto got = from_device(d, 64 * 256);
@@ -236,6 +279,7 @@ static void tile(const char* what) {
 int main() {
   round_trip();
   box();
+  sum();
   tile<false, false>("wgmma: A along K, B along K");
   tile<false, true>("wgmma: A along K, B across K");
   tile<true, false>("wgmma: A across K, B along K");

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_close_to_oracle, host_binary, host_library
 from philox_oracle import dropout_mask
-from test_cuda_on_host import CANARY, DTYPES, GUARD, guarded
+from test_cuda_on_host import CANARY, DTYPES, GUARD, RowCount, guarded
 
 from fastnn import reference
 from fastnn.reference import ACTIVATIONS
@@ -27,12 +27,21 @@ class Matrix(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64)]
 
 
+class Statistics(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("sums", "label_logit", "labels", "row_index")),
+        ("class_weight", ctypes.c_void_p), ("softcap", ctypes.c_float),
+        ("weighted", ctypes.c_bool),
+    ]  # fmt: skip
+
+
 class Epilogue(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("out", "preact", "bias", "residual")),
         *((name, ctypes.c_int64) for name in ("out_stride", "residual_stride", "width")),
         ("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("scale", ctypes.c_float),
         ("activation", ctypes.c_int), ("gated", ctypes.c_bool), ("float_out", ctypes.c_bool),
+        ("factor", ctypes.c_void_p), ("statistics", Statistics),
     ]  # fmt: skip
 
 
@@ -40,7 +49,7 @@ class Problem(ctypes.Structure):
     _fields_ = [
         ("a", Matrix), ("b", Matrix), ("layout", ctypes.c_int), ("storage", ctypes.c_int),
         *((name, ctypes.c_int64) for name in "mnk"), ("tf32", ctypes.c_bool),
-        ("epilogue", Epilogue),
+        ("epilogue", Epilogue), ("rows", RowCount),
     ]  # fmt: skip
 
 
@@ -133,17 +142,17 @@ def product(kernels, gemm, a, b, layout, out, accumulate=False, tf32=False, seed
 SHAPES = [(1, 1, 1), (3, 130, 5), (130, 40, 140), (65, 33, 131), (128, 128, 128)]
 
 
-def check_product(kernels, gemm, shape, layout, dtype, placement, tf32=False):
+def check_product(kernels, gemm, shape, layout, dtype, placement, tf32=False, out=None):
     m, k, n = shape
     a = random((k, m) if layout == TN else (m, k), dtype, 1)
     b = random((n, k) if layout == NT else (k, n), dtype, 2)
     outputs = Outputs()
-    out = outputs.make((m, n), dtype)
+    out = outputs.make((m, n), out or dtype)
     product(kernels, gemm, placed(a, placement), placed(b, placement), layout, out, tf32=tf32)
     outputs.check()
     left = a.t() if layout == TN else a
     right = b.t() if layout == NT else b
-    exact, torchs = left.double() @ right.double(), left @ right
+    exact, torchs = left.double() @ right.double(), left.to(out.dtype) @ right.to(out.dtype)
     if tf32:
         torchs = (left.bfloat16() @ right.bfloat16()).float()  # 8 bits of mantissa; TF32 has 11
     assert_close_to_oracle(out, torchs, exact, factor=0.25 if tf32 else 2.0)
@@ -180,6 +189,13 @@ def check_accumulation(kernels, gemm, m, k, n):
 
 def test_portable_product_accumulates_in_float(kernels):
     check_accumulation(kernels, "gemm_portable", 37, 50, 70)
+
+
+def test_sm90_product_accumulates_in_float(kernels):
+    """Half a tile at a time; ragged, several tiles a block, one step of K."""
+    for shape in ((8, 8, 8), (304, 200, 520), (136, 72, 264), (520, 64, 776)):
+        check_accumulation(kernels, "gemm_sm90", *shape)
+        check_product(kernels, "gemm_sm90", shape, TN, torch.float16, "padded", out=torch.float32)
 
 
 class Layer:
@@ -446,4 +462,4 @@ def test_program_of_hoppers_instructions(tmp_path):
     """tests/cuda_prim.cu, which checks a device's instructions, against their emulation."""
     program = host_binary(tmp_path / "cuda_prim", "-x", "c++", str(ROOT / "tests/cuda_prim.cu"))
     run = subprocess.run([program], capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.count("ok ") == 7, run.stdout + run.stderr
+    assert run.returncode == 0 and run.stdout.count("ok ") == 8, run.stdout + run.stderr

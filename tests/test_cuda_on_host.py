@@ -24,6 +24,10 @@ class Strides(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("batch", "cls", "inner")]
 
 
+class RowCount(ctypes.Structure):
+    _fields_ = [("total", ctypes.c_void_p), ("first", ctypes.c_int)]
+
+
 class Problem(ctypes.Structure):
     _fields_ = [
         ("logits", ctypes.c_void_p), ("storage", ctypes.c_int), ("strides", Strides),
@@ -43,7 +47,7 @@ class Gradient(ctypes.Structure):
         ("grad_lse", ctypes.c_void_p), ("lse", ctypes.c_void_p), ("total_weight", ctypes.c_void_p),
         ("grad_logits", ctypes.c_void_p), ("grad_strides", Strides),
         ("grad_probabilities", ctypes.c_void_p), ("row_loss", ctypes.c_void_p),
-        ("row_lse", ctypes.c_void_p),
+        ("row_lse", ctypes.c_void_p), ("rows", RowCount),
     ]  # fmt: skip
 
 

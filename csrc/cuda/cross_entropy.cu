@@ -23,57 +23,6 @@ namespace fastnn {
 
 namespace {
 
-__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
-
-enum class Label { kCounted, kIgnored, kInvalid };
-
-__device__ __forceinline__ Label classify(const CrossEntropyProblem& p, int64_t label) {
-  if (label == p.ignore_index) return Label::kIgnored;
-  return label >= 0 && label < p.classes ? Label::kCounted : Label::kInvalid;
-}
-
-// What the leading thread of a row knows of its label.
-struct RowLabel {
-  Label kind = Label::kCounted;
-  int index = -1;  // where counted
-  float logit = 0.f, weight = 0.f;
-};
-
-template <typename R>
-__device__ __forceinline__ RowLabel read_label(const CrossEntropyProblem& p, const R& row,
-                                               bool wants_logit) {
-  RowLabel label;
-  const int64_t value = p.labels[row.place];
-  label.kind = classify(p, value);
-  if (label.kind == Label::kCounted) {
-    label.index = static_cast<int>(value);
-    label.weight = row.weight(label.index);
-    if (wants_logit) label.logit = to_float(row.logits[label.index * row.stride]);
-  }
-  return label;
-}
-
-// A row with an infinite logit has NaN for its sum; its log-sum-exp is that logit.
-__device__ __forceinline__ float lse_of(float max, float log_sum) {
-  return max == INFINITY ? max : max + log_sum;
-}
-
-template <typename R>
-__device__ __forceinline__ float row_loss_of(const CrossEntropyProblem& p, const R& row,
-                                             const RowLabel& label, const SoftmaxSums& sums,
-                                             float lse) {
-  if (label.kind == Label::kIgnored) return 0.f;
-  if (label.kind == Label::kInvalid) return not_a_number();
-  const float log_sum = logf(sums.sum);
-  float loss = sums.weight * log_sum - sums.deviation;
-  if (!R::kProb) {
-    const float smoothed = !R::kPlain && p.label_smoothing > 0.f ? row.spread * loss : 0.f;
-    loss = row.keep * label.weight * (log_sum + (sums.max - row.capped(label.logit))) + smoothed;
-  }
-  if (p.z_loss != 0.f) loss += p.z_loss * lse * lse;
-  return loss;
-}
-
 // Blocks of kMaxThreads that a multiprocessor has registers for.
 constexpr int blocks_of(Kind kind) { return kind == Kind::kPlain ? 2 : 1; }
 
@@ -99,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_of(kKind))
     if (!R::kProb && (leader || p.skip_ignored)) label = read_label(p, row, leader);
     skipped = p.skip_ignored && label.kind == Label::kIgnored;
     if (!skipped) {
-      Packet<T> held[kTile];
+      Packet<T> held[kTileUnits];
       const Share<R, kVector> share(row, thread);
       sums = row_sums(row, share, p.label_smoothing > 0.f, held);
     }
@@ -215,14 +164,14 @@ template <typename R, bool kVector>
 __device__ __forceinline__ void write_row(const R& row, const RowGradient& g,
                                           const RowOutput<typename R::T>& out,
                                           const Share<R, kVector>& share, bool holds,
-                                          Packet<typename R::T> (&held)[kTile]) {
+                                          Packet<typename R::T> (&held)[kTileUnits]) {
   constexpr int kWidth = Share<R, kVector>::kWidth;
   if constexpr (kVector) {
     Packet<typename R::T> packet[1];
     load_tile<1>(row, share.edge, 0, packet);
     write_tile<1>(row, g, out, share.edge, 0, packet);
   }
-  const int tiles = share.units.tiles(kTile);
+  const int tiles = share.units.tiles(kTileUnits);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     if (tile > 0 || !holds) load_tile<kWidth>(row, share.units, tile, held);
@@ -273,7 +222,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_of(kKind))
     again = !zero && (kLoss || R::kProb || !(fabsf(lse) <= accurate_lse<T>()));
   }
   if (layout == Layout::kLanePerRow) again = __syncthreads_or(again);
-  Packet<T> held[kTile];
+  Packet<T> held[kTileUnits];
   float max = lse, log_sum = 0.f, weight = 0.f;
   if (again) {
     begin_sums(layout);
@@ -343,7 +292,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_of(kKind))
   }
   const Share<R, kVector> share(row, thread);
   if (zero) {
-    write_zeros(out, share);
+    if (thread.row < g.rows.in_steps(p.rows)) write_zeros(out, share);
   } else {
     write_row(row, terms, out, share, again, held);
   }
@@ -421,16 +370,16 @@ Launch plan(const CrossEntropyProblem& p, int64_t class_stride, int width, bool 
   if (class_stride != 1 && p.inner >= kWarp) {
     launch.layout = Layout::kLanePerRow;
     blocks = (p.rows + kWarp - 1) / kWarp;
-  } else if (units <= kWarp * kTile || (!twice && units <= 512 && p.rows >= 4096)) {
+  } else if (units <= kWarp * kTileUnits || (!twice && units <= 512 && p.rows >= 4096)) {
     launch.layout = Layout::kWarpPerRow;
     blocks = (p.rows + threads / kWarp - 1) / (threads / kWarp);
   } else {
     launch.layout = Layout::kBlockPerRow;
-    if (units > (twice ? 256 * kTile : 2048)) threads = kMaxThreads;
-    if (units > kMaxThreads * kTile) {
+    if (units > (twice ? 256 * kTileUnits : 2048)) threads = kMaxThreads;
+    if (units > kMaxThreads * kTileUnits) {
       const Device device = current_device(kernel);
       const auto enough = [&](int cluster) {
-        const bool held = !twice || units <= int64_t{cluster} * kMaxThreads * kTile;
+        const bool held = !twice || units <= int64_t{cluster} * kMaxThreads * kTileUnits;
         const bool filled =
             p.rows * cluster >= 2 * device.processors || units < 2 * int64_t{cluster} * kMaxThreads;
         return held && filled;
@@ -470,21 +419,6 @@ cudaError_t launch_kernel(const Launch& launch, cudaStream_t stream, void (*kern
   config.attrs = &cluster;
   config.numAttrs = launch.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-}
-
-// Calls `function` with a value of the logits' type.
-template <typename Function>
-cudaError_t by_storage(Storage storage, const Function& function) {
-  switch (storage) {
-    case Storage::kFloat32:
-      return function(float{});
-    case Storage::kFloat16:
-      return function(__half{});
-    case Storage::kBFloat16:
-      return function(__nv_bfloat16{});
-    default:
-      return cudaErrorInvalidValue;
-  }
 }
 
 // Calls `function` with the kind of the problem, as a constant.

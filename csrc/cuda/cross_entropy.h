@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "prim/copy.cuh"
+#include "row_count.h"
 
 namespace fastnn {
 
@@ -61,6 +62,7 @@ struct CrossEntropyGradient {
   // Written per row if not null: then `lse` is not read, and one launch does the forward as well.
   float* row_loss;
   float* row_lse;
+  RowCount rows;  // in whose steps a row has a gradient, zeros if it is ignored
 };
 
 cudaError_t cross_entropy_backward_cuda(const CrossEntropyProblem& problem,

@@ -9,7 +9,7 @@
 
 namespace fastnn {
 
-constexpr int kTile = 4;  // units that a thread holds at a time: its loads in flight
+constexpr int kTileUnits = 4;  // units that a thread holds at a time: its loads in flight
 constexpr int kMaxThreads = 512;
 constexpr int kSharedThreads = 256;  // block size of the layouts with several rows per block
 
@@ -204,6 +204,15 @@ struct Units {
   }
 };
 
+// What adds nothing to the sums.
+template <typename T>
+__device__ __forceinline__ Packet<T> no_packet() {
+  Packet<T> packet;
+#pragma unroll
+  for (int k = 0; k < Packet<T>::kSize; ++k) packet.values[k] = from_float<T>(-INFINITY);
+  return packet;
+}
+
 template <int kWidth, typename R, int kUnits>
 __device__ __forceinline__ void load_tile(const R& row, const Units& units, int tile,
                                           Packet<typename R::T> (&packets)[kUnits]) {
@@ -213,8 +222,7 @@ __device__ __forceinline__ void load_tile(const R& row, const Units& units, int 
     if (unit + u * units.step < units.count) {
       packets[u] = load_unit<kWidth>(row, units.offset + (unit + u * units.step) * kWidth);
     } else {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) packets[u].values[k] = from_float<typename R::T>(-INFINITY);
+      packets[u] = no_packet<typename R::T>();
     }
   }
 }
@@ -304,7 +312,7 @@ struct Share {
 template <typename R, bool kVector>
 __device__ __forceinline__ SoftmaxSums row_sums(const R& row, const Share<R, kVector>& share,
                                                 bool weighted,
-                                                Packet<typename R::T> (&held)[kTile]) {
+                                                Packet<typename R::T> (&held)[kTileUnits]) {
   constexpr int kWidth = Share<R, kVector>::kWidth;
   SoftmaxSums sums = no_logits();
   if constexpr (kVector) {
@@ -313,11 +321,77 @@ __device__ __forceinline__ SoftmaxSums row_sums(const R& row, const Share<R, kVe
     add_tile<1>(sums, row, weighted, share.edge, 0, packet);
   }
 #pragma unroll 1
-  for (int tile = share.units.tiles(kTile) - 1; tile >= 0; --tile) {
+  for (int tile = share.units.tiles(kTileUnits) - 1; tile >= 0; --tile) {
     load_tile<kWidth>(row, share.units, tile, held);
     add_tile<kWidth>(sums, row, weighted, share.units, tile, held);
   }
   return sums;
+}
+
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
+
+enum class Label { kCounted, kIgnored, kInvalid };
+
+__device__ __forceinline__ Label classify(const CrossEntropyProblem& p, int64_t label) {
+  if (label == p.ignore_index) return Label::kIgnored;
+  return label >= 0 && label < p.classes ? Label::kCounted : Label::kInvalid;
+}
+
+// What the leading thread of a row knows of its label.
+struct RowLabel {
+  Label kind = Label::kCounted;
+  int index = -1;  // where counted
+  float logit = 0.f, weight = 0.f;
+};
+
+template <typename R>
+__device__ __forceinline__ RowLabel read_label(const CrossEntropyProblem& p, const R& row,
+                                               bool wants_logit) {
+  RowLabel label;
+  const int64_t value = p.labels[row.place];
+  label.kind = classify(p, value);
+  if (label.kind == Label::kCounted) {
+    label.index = static_cast<int>(value);
+    label.weight = row.weight(label.index);
+    if (wants_logit) label.logit = to_float(row.logits[label.index * row.stride]);
+  }
+  return label;
+}
+
+// A row with an infinite logit has NaN for its sum; its log-sum-exp is that logit.
+__device__ __forceinline__ float lse_of(float max, float log_sum) {
+  return max == INFINITY ? max : max + log_sum;
+}
+
+template <typename R>
+__device__ __forceinline__ float row_loss_of(const CrossEntropyProblem& p, const R& row,
+                                             const RowLabel& label, const SoftmaxSums& sums,
+                                             float lse) {
+  if (label.kind == Label::kIgnored) return 0.f;
+  if (label.kind == Label::kInvalid) return not_a_number();
+  const float log_sum = logf(sums.sum);
+  float loss = sums.weight * log_sum - sums.deviation;
+  if (!R::kProb) {
+    const float smoothed = !R::kPlain && p.label_smoothing > 0.f ? row.spread * loss : 0.f;
+    loss = row.keep * label.weight * (log_sum + (sums.max - row.capped(label.logit))) + smoothed;
+  }
+  if (p.z_loss != 0.f) loss += p.z_loss * lse * lse;
+  return loss;
+}
+
+// Calls `function` with a value of the logits' type.
+template <typename Function>
+cudaError_t by_storage(Storage storage, const Function& function) {
+  switch (storage) {
+    case Storage::kFloat32:
+      return function(float{});
+    case Storage::kFloat16:
+      return function(__half{});
+    case Storage::kBFloat16:
+      return function(__nv_bfloat16{});
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace fastnn

@@ -11,6 +11,7 @@
 // yet.
 #include "cuda/linear_act.h"
 #include "cuda/linear_act_epilogue.cuh"
+#include "cuda/linear_cross_entropy_epilogue.cuh"
 #include "cuda/prim/mma.cuh"
 #include "cuda/prim/shared.cuh"
 #include "cuda/tile_order.h"
@@ -176,6 +177,23 @@ __device__ __forceinline__ void multiply_float(Accumulators& acc, const char* a,
   }
 }
 
+// A row of the product in shared memory as logits of T: with the bias, rounded.
+template <typename T>
+struct LogitsOfRow {
+  const float* product;
+  const T* bias;  // at the tile's first column; or null
+
+  __device__ __forceinline__ T element(int i) const {
+    return from_float<T>(product[i] + (bias == nullptr ? 0.f : to_float(bias[i])));
+  }
+  __device__ __forceinline__ Packet<T> packet(int first) const {
+    Packet<T> packet;
+#pragma unroll
+    for (int i = 0; i < Packet<T>::kSize; ++i) packet.values[i] = element(first + i);
+    return packet;
+  }
+};
+
 // Whether an operand's rows may be copied 16 bytes at a time.
 struct Alignment {
   bool a, b;
@@ -185,15 +203,23 @@ template <typename T, GemmLayout kLayout, Multiply kMultiply>
 __global__ void __launch_bounds__(kThreads) gemm_kernel(GemmProblem p, Alignment aligned) {
   constexpr bool kAAlongK = kLayout != GemmLayout::kTN, kBAlongK = kLayout == GemmLayout::kNT;
   constexpr bool kFull = kLayout == GemmLayout::kNT;
+  const int64_t rows = p.m;  // there may be fewer
+  if constexpr (kLayout == GemmLayout::kTN) {
+    p.k = p.rows.of(p.k);
+  } else {
+    p.m = p.rows.of(p.m);
+  }
   using TileA = OperandTile<T, kAAlongK>;
   using TileB = OperandTile<T, kBAlongK>;
   constexpr int kStageBytes = TileA::kBytes + TileB::kBytes;
   char* const shared = dynamic_shared();
   const Epilogue& e = p.epilogue;
+  static_assert(kThreads == kTile, "a thread for each row's statistics");
 
   const int tile_width = e.gated ? kTile / 2 : kTile;
   const TileOrder order{static_cast<int>((p.m + kTile - 1) / kTile),
                         static_cast<int>((e.width + tile_width - 1) / tile_width)};
+  if (blockIdx.x >= order.count()) return;
   const TileOrder::Tile tile = order.at(blockIdx.x);
   const int64_t row0 = int64_t{tile.m} * kTile, col0 = int64_t{tile.n} * tile_width;
   const int64_t up0 = e.gated ? e.width + col0 : col0 + kTile / 2;
@@ -248,6 +274,16 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(GemmProblem p, Alignment
     }
   }
   __syncthreads();
+  if (kFull && e.statistics.sums != nullptr) {
+    const int64_t row = row0 + threadIdx.x;
+    const T* bias = e.bias == nullptr ? nullptr : static_cast<const T*>(e.bias) + col0;
+    if (row < p.m) {
+      leave_statistics<T>(e.statistics, rows, row, tile.n, static_cast<int>(col0),
+                          static_cast<int>(min(e.width - col0, int64_t{kTile})),
+                          LogitsOfRow<T>{product + threadIdx.x * kPitch, bias});
+    }
+    return;
+  }
   const Dropout dropout(kFull ? e.seed : nullptr, e.threshold, e.scale);
   const int groups = tile_width / kGroup;
   for (int index = threadIdx.x; index < kTile * groups; index += kThreads) {
@@ -256,6 +292,7 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(GemmProblem p, Alignment
     if (row0 + row >= p.m || left <= 0) continue;
     float x[kGroup], up[kGroup];
     load_group(product + row * kPitch + col, kGroup, x);
+    if (e.factor != nullptr) scale_group(x, *e.factor);
     if (kFull && e.gated) load_group(product + row * kPitch + kTile / 2 + col, kGroup, up);
     finish_group<T, kFull>(e, dropout, row0 + row, col0 + col,
                            static_cast<int>(min(left, int64_t{kGroup})), x, up);
@@ -302,6 +339,8 @@ cudaError_t launch_layout(const GemmProblem& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int64_t gemm_portable_tiles(int64_t columns) { return (columns + kTile - 1) / kTile; }
 
 cudaError_t gemm_portable_cuda(const GemmProblem& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return cudaSuccess;

@@ -11,6 +11,7 @@
 
 #include "activation.h"
 #include "cuda/prim/copy.cuh"
+#include "cuda/row_count.h"
 
 namespace fastnn {
 
@@ -24,7 +25,20 @@ struct Matrix {
   int64_t stride;
 };
 
-// What is done to a product before it is stored. Plain products use `out`, `residual` and `width`.
+// What a kNT product of logits leaves where it is not stored: for each of its tiles of columns, a
+// row's sums of the online softmax. A row r of the product is row row_index[r] of the labels.
+struct RowStatistics {
+  float* sums;         // [tiles, M, weighted ? 4 : 2]: max, sum, (weight, deviation); null: stored
+  float* label_logit;  // [M]
+  const int64_t* labels;
+  const int* row_index;
+  const float* class_weight;  // or null
+  float softcap;              // 0: off
+  bool weighted;              // the sums of the class weights too, for label smoothing
+};
+
+// What is done to a product before it is stored. Plain products use `out`, `residual`, `width` and
+// `factor`.
 struct Epilogue {
   void* out;             // [M, width]
   void* preact;          // [M, parts * width], rows without gaps; or null
@@ -35,9 +49,11 @@ struct Epilogue {
   const int64_t* seed;  // (key, offset) of philox.h, on the device; null without dropout
   uint32_t threshold;   // of DropoutRate
   float scale;
-  int activation;  // activation_id
-  bool gated;      // P has 2 * width columns, the gate's first
-  bool float_out;  // `out` and `residual` are float32, the operands a half type
+  int activation;       // activation_id
+  bool gated;           // P has 2 * width columns, the gate's first
+  bool float_out;       // `out` and `residual` are float32, the operands a half type
+  const float* factor;  // multiplies the product, first of all; on the device; null: 1
+  RowStatistics statistics;
 };
 
 struct GemmProblem {
@@ -47,6 +63,7 @@ struct GemmProblem {
   int64_t m, n, k;  // n = columns of P
   bool tf32;        // float32 operands may be rounded to TF32
   Epilogue epilogue;
+  RowCount rows;  // as A is stored: of kTN they are K, else M, and `out` has no others
 };
 
 // An activation's number: its row in FASTNN_ACTIVATIONS, for a gated one the plain row of the same
@@ -80,12 +97,14 @@ inline NamedActivation find_activation(std::string_view name) {
 
 // linear_act.cu: every device from sm_80, any shape, stride and alignment.
 cudaError_t gemm_portable_cuda(const GemmProblem& problem, cudaStream_t stream);
+int64_t gemm_portable_tiles(int64_t columns);  // whose statistics are apart
 
 // linear_act_sm90.cu: Hopper's copy engine and warp-group products; what it serves, and whether the
 // running device's code has it.
 bool gemm_sm90_serves(const GemmProblem& problem);
 bool gemm_sm90_built();
 cudaError_t gemm_sm90_cuda(const GemmProblem& problem, int multiprocessors, cudaStream_t stream);
+int64_t gemm_sm90_tiles(int64_t columns);
 
 // linear_act_rows.cu: what is done element by element, around products that cuBLAS makes.
 // out = residual + dropout(act(preact)); the epilogue's preact is the input, its bias unused.

@@ -1,7 +1,6 @@
 // The ATen side of linear_act*.cu: checks, views, outputs, the choice of the product's kernel, the
 // current stream, registration.
 
-#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -14,16 +13,13 @@
 #include <torch/library.h>
 
 #include <array>
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
 
 #include "check.h"
-#include "cuda/binding.h"
-#include "cuda/linear_act.h"
-#include "cuda/linear_act_paths.h"
+#include "cuda/gemm_binding.h"
 #include "philox.h"
 
 namespace fastnn {
@@ -33,38 +29,13 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-struct Device {
-  int capability, multiprocessors;
-};
-
-Device current_device() {
-  int device = 0, major = 0, minor = 0, multiprocessors = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return {10 * major + minor, multiprocessors};
-}
-
-// FASTNN_LINEAR_ACT=sm90|portable|cublas overrides the table where that kernel serves the product.
-// Read at every call, so that one process can compare them.
-optional<GemmPath> forced_path() {
-  const char* value = std::getenv("FASTNN_LINEAR_ACT");
-  if (value == nullptr || *value == '\0') return std::nullopt;
-  const std::string_view name = value;
-  if (name == "sm90") return GemmPath::kSm90;
-  if (name == "portable") return GemmPath::kPortable;
-  TORCH_CHECK(name == "cublas", "FASTNN_LINEAR_ACT must be sm90, portable or cublas, got ", name);
-  return GemmPath::kCublas;
-}
+constexpr const char* kVariable = "FASTNN_LINEAR_ACT";
 
 bool has_unit_columns(const Tensor& matrix) { return matrix.stride(1) == 1 || matrix.size(1) <= 1; }
 
 Tensor with_unit_columns(const Tensor& matrix) {
   return has_unit_columns(matrix) ? matrix : matrix.contiguous();
 }
-
-Matrix matrix_of(const Tensor& matrix) { return {matrix.const_data_ptr(), matrix.stride(0)}; }
 
 // A product of two matrices whose kernel is still to be chosen; it keeps the operands alive.
 struct Product {
@@ -74,35 +45,20 @@ struct Product {
   GemmPath path;
 
   Product(const Tensor& a_, const Tensor& b_, GemmLayout layout, const Epilogue& epilogue)
-      : a(a_), b(b_), device(current_device()) {
-    const auto forced = forced_path();
+      : a(a_), b(b_), device(current_device()), path(GemmPath::kCublas) {
     // cuBLAS takes transposed matrices as they are; ours would copy them.
+    const auto forced = forced_path(kVariable);
     const bool unit = has_unit_columns(a) && has_unit_columns(b);
-    path = GemmPath::kCublas;
     if (!unit && (!forced || *forced == GemmPath::kCublas)) return;
     a = with_unit_columns(a);
     b = with_unit_columns(b);
-    const bool along_a = layout != GemmLayout::kTN, along_b = layout == GemmLayout::kNT;
-    problem = {matrix_of(a), matrix_of(b), layout, storage_of(a)};
-    problem.m = a.size(along_a ? 0 : 1);
-    problem.k = a.size(along_a ? 1 : 0);
-    problem.n = b.size(along_b ? 0 : 1);
-    problem.tf32 =
-        at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-        at::Float32Precision::TF32;
+    problem = gemm_problem(a, b, layout);
     problem.epilogue = epilogue;
-    path = forced && path_serves(*forced, problem, device.capability)
-               ? *forced
-               : choose_path(problem, device.capability);
+    path = choose_path(problem, device, kVariable);
   }
 
   // For the paths that are ours.
-  void run() const {
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    C10_CUDA_CHECK(path == GemmPath::kSm90 ? gemm_sm90_cuda(problem, device.multiprocessors, stream)
-                                           : gemm_portable_cuda(problem, stream));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  void run() const { run_gemm(path, problem, device); }
 };
 
 // A B^T, of any kernel.

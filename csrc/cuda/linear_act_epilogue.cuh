@@ -100,6 +100,11 @@ __device__ __forceinline__ void multiply_group(float (&x)[kGroup], const float (
   for (int i = 0; i < kGroup; ++i) x[i] *= y[i];
 }
 
+__device__ __forceinline__ void scale_group(float (&x)[kGroup], float factor) {
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) x[i] *= factor;
+}
+
 // The dropout of one matrix: what a kernel keeps of (seed, threshold, scale).
 struct Dropout {
   PhiloxState state;

@@ -2,17 +2,19 @@
 //   out = epilogue(A B^T), half types; A [M, K] and B [N, K] stored along K or across it.
 // Work: clusters of 2 blocks stay resident and take tiles of 256 x 256 in L2-friendly order; a
 // block
-//   has 128 x 256 of one (gated: 128 columns of the gate and the same 128 of the up projection), a
-//   B arriving once for both by multicast, half from each. Three warp groups: two multiply, 64 rows
-//   each, and leave P = product + bias, rounded, in shared memory; of the first, one warp fills a
-//   ring of 3 stages of 64 of K, and three store P and do the rest of the epilogue while the next
-//   tile is multiplied, so that only rounding P is not hidden.
+//   has 128 x 256 (gated: 128 columns of the gate and the same 128 of the up projection), B
+//   arriving once for both by multicast. Of three warp groups two multiply, 64 rows each, and leave
+//   P = product + bias, rounded, in shared memory; of the first, one warp fills a ring of 3 stages
+//   of 64 of K, and three store P and do the rest of the epilogue (of logits: their rows'
+//   statistics) while the next tile is multiplied. Sums in float leave in two turns, added by the
+//   copy engine.
 // Memory: 3 x 48 KB stages, 64 KB of P. Ragged M, N, K are the copy engine's bounds.
 // Numerics: float accumulation; activation, dropout and residual of P as rounded, which is what is
 //   saved and what the backward sees.
 // Floor: the operations over the tensor cores' rate. Reached: not measured yet.
 #include "cuda/linear_act.h"
 #include "cuda/linear_act_epilogue.cuh"
+#include "cuda/linear_cross_entropy_epilogue.cuh"
 #include "cuda/prim/mbarrier.cuh"
 #include "cuda/prim/shared.cuh"
 #include "cuda/prim/tma.cuh"
@@ -28,6 +30,7 @@ inline constexpr int kGroupThreads = 128;  // of a warp group
 inline constexpr int kMultipliers = 2;     // warp groups
 inline constexpr int kThreads = kGroupThreads * (1 + kMultipliers);
 inline constexpr int kFinishers = kGroupThreads - 32;  // threads
+inline constexpr int kHalfM = 64;                      // rows of a multiplier
 inline constexpr int kBlocks = 2;                      // of a cluster, one above the other
 inline constexpr int kTileM = 128, kTileN = 256, kDepth = 64;
 inline constexpr int kStages = 3;
@@ -44,9 +47,15 @@ inline constexpr int kFirstRegisters = 120, kMultiplierRegisters = 192;
 static_assert(kFirstRegisters + kMultipliers * kMultiplierRegisters <= 504,
               "all of a multiprocessor's registers");
 
+static_assert(kDepth == kRowStep, "K beyond the rows that there are is zeros");
+
+// What becomes of a tile: P and an epilogue, float32, or the statistics of its rows.
+enum class Output { kHalf, kFloat, kStatistics };
+
 struct Sm90Problem {
   TensorMap a, b, product;  // `product`: where P is stored, in whole boxes
   Epilogue epilogue;
+  RowCount rows;
   int m, k;
   bool store_product;  // P itself is an output: the preact, or `out` where nothing follows
   bool finish;         // something follows: `out` is computed from P
@@ -54,14 +63,16 @@ struct Sm90Problem {
 
 // One block's tiles and its place in them.
 struct Tiles {
-  TileOrder order;
+  int m, k;   // as far as there are rows
   int width;  // columns of `out` a tile
+  TileOrder order;
 
-  __device__ __forceinline__ Tiles(const Sm90Problem& p)
-      : order{(p.m + kBlocks * kTileM - 1) / (kBlocks * kTileM), 0},
-        width(p.epilogue.gated ? kTileN / 2 : kTileN) {
-    order.tiles_n = static_cast<int>((p.epilogue.width + width - 1) / width);
-  }
+  __device__ __forceinline__ Tiles(const Sm90Problem& p, bool rows_are_k)
+      : m(rows_are_k ? p.m : static_cast<int>(p.rows.of(p.m))),
+        k(rows_are_k ? static_cast<int>(p.rows.in_steps(p.k)) : p.k),
+        width(p.epilogue.gated ? kTileN / 2 : kTileN),
+        order{(m + kBlocks * kTileM - 1) / (kBlocks * kTileM),
+              static_cast<int>((p.epilogue.width + width - 1) / width)} {}
   // Calls f(row, column) of every tile that this block has.
   template <typename F>
   __device__ __forceinline__ void each(const F& f) const {
@@ -122,7 +133,7 @@ __device__ __forceinline__ void load_tiles(const Sm90Problem& p, const Tiles& ti
     // This block's half of B: of a gated one the gate's rows or the up projection's.
     const int part = p.epilogue.gated ? rank : 0;
     const int half = p.epilogue.gated ? column : column + rank * kBoxRows;
-    for (int k = 0; k < p.k; k += kDepth) {
+    for (int k = 0; k < tiles.k; k += kDepth) {
       mbarrier_wait(memory.empty(ring.slot), ring.parity() ^ 1);
       Mbarrier* const full = memory.full(ring.slot);
       mbarrier_arrive_expect(full, kStageBytes);
@@ -157,8 +168,23 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {
   }
 }
 
+// Half of a warp group's float products to shared memory: 128 columns, in boxes of 32.
+__device__ __forceinline__ void leave_floats(const float* acc, int thread, char* out) {
+  const int lane = thread % 32;
+#pragma unroll
+  for (int j = 0; j < kTileN / 16; ++j) {
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      const int row = thread / 32 * 16 + lane / 4 + 8 * upper;
+      const uint32_t at = row * kSwizzleRow + j % 4 * 32 + lane % 4 * 8;
+      *reinterpret_cast<float2*>(out + j / 4 * kBox + swizzled(at)) =
+          make_float2(acc[4 * j + 2 * upper], acc[4 * j + 2 * upper + 1]);
+    }
+  }
+}
+
 // A warp group: its 64 rows of P, for every tile.
-template <typename T, bool kAAlongK, bool kBAlongK>
+template <typename T, bool kAAlongK, bool kBAlongK, Output kOutput>
 __device__ __forceinline__ void multiply_tiles(const Sm90Problem& p, const Tiles& tiles,
                                                const Memory& memory, int half) {
   constexpr int kPairs = kTileN / 8;  // neighbouring columns that a thread has
@@ -166,6 +192,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Problem& p, const Tiles
   constexpr int kStepB = 16 * (kBAlongK ? 2 : kSwizzleRow);
   const int thread = threadIdx.x % kGroupThreads;
   const T* bias = static_cast<const T*>(p.epilogue.bias);
+  const float factor = p.epilogue.factor == nullptr ? 1.f : *p.epilogue.factor;
   Ring<kStages> ring;
   int parity = 0;
   float acc[kTileN / 2];
@@ -188,7 +215,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Problem& p, const Tiles
     }
 
     int previous = -1;
-    for (int k = 0; k < p.k; k += kDepth) {
+    for (int k = 0; k < tiles.k; k += kDepth) {
       mbarrier_wait(memory.full(ring.slot), ring.parity());
       const uint64_t a = matrix_descriptor(shared_address(memory.a(ring.slot)) + half * kBox, kBox,
                                            kSwizzlePattern);
@@ -209,7 +236,22 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Problem& p, const Tiles
     }
     wgmma_wait<0>();
     release(previous);
+    if (factor != 1.f) {
+#pragma unroll
+      for (float& sum : acc) sum *= factor;
+    }
 
+    if constexpr (kOutput == Output::kFloat) {
+#pragma unroll
+      for (int turn = 0; turn < 2; ++turn) {
+        mbarrier_wait(memory.taken(half), parity ^ 1);
+        leave_floats(acc + turn * (kTileN / 4), thread, memory.product(half));
+        fence_async_proxy();
+        mbarrier_arrive(memory.ready(half));
+        parity ^= 1;
+      }
+      return;
+    }
     // P to shared memory, where the last tile's has been taken away.
     mbarrier_wait(memory.taken(half), parity ^ 1);
     const int lane = thread % 32, row = thread / 32 * 16 + lane % 16;
@@ -253,7 +295,7 @@ __device__ __forceinline__ void finish_tiles(const Sm90Problem& p, const Tiles& 
   tiles.each([&](int row0, int column) {
     for (int half = 0; half < kMultipliers; ++half) {
       const char* const product = memory.product(half);
-      const int row = row0 + half * 64;
+      const int row = row0 + half * kHalfM;
       mbarrier_wait(memory.ready(half), parity);
       if (p.store_product && thread == 0) {
         for (int box = 0; box < kBoxes; ++box) {
@@ -265,11 +307,11 @@ __device__ __forceinline__ void finish_tiles(const Sm90Problem& p, const Tiles& 
       }
       if (p.finish) {
         const int groups = kGroups * (e.gated ? kBoxes / 2 : kBoxes);
-        for (int index = thread; index < 64 * groups; index += kFinishers) {
-          const int box = index / (64 * kGroups), r = index / kGroups % 64;
+        for (int index = thread; index < kHalfM * groups; index += kFinishers) {
+          const int box = index / (kHalfM * kGroups), r = index / kGroups % kHalfM;
           const int group = index % kGroups;
           const int64_t col = column + box * kSwizzleElements + group * kGroup;
-          if (row + r >= p.m || col >= e.width) continue;
+          if (row + r >= tiles.m || col >= e.width) continue;
           const T* from = reinterpret_cast<const T*>(product + box * kBox +
                                                      swizzled(r * kSwizzleRow + group * 16));
           float x[kGroup], up[kGroup];
@@ -285,7 +327,72 @@ __device__ __forceinline__ void finish_tiles(const Sm90Problem& p, const Tiles& 
   });
 }
 
-template <typename T, bool kAAlongK, bool kBAlongK>
+// A warp for each half: its sums go to memory, or are added to what is there.
+__device__ __forceinline__ void store_floats(const Sm90Problem& p, const Tiles& tiles,
+                                             const Memory& memory, int half) {
+  constexpr int kColumns = kSwizzleRow / sizeof(float), kBoxes = kTileN / 2 / kColumns;
+  const bool adds = p.epilogue.residual != nullptr;
+  int parity = 0;
+  tiles.each([&](int row, int column) {
+    for (int turn = 0; turn < 2; ++turn) {
+      mbarrier_wait(memory.ready(half), parity);
+      for (int box = 0; box < kBoxes; ++box) {
+        const char* const from = memory.product(half) + box * kBox;
+        const int to = column + (turn * kBoxes + box) * kColumns;
+        if (adds) {
+          add_box(p.product, to, row + half * kHalfM, 0, from);
+        } else {
+          store_box(p.product, to, row + half * kHalfM, 0, from);
+        }
+      }
+      store_commit();
+      store_wait_read();
+      mbarrier_arrive(memory.taken(half));
+      parity ^= 1;
+    }
+  });
+}
+
+// A row of P in shared memory. Eight neighbouring rows' packets lie in different banks.
+template <typename T>
+struct LogitsOfRow {
+  const char* product;
+  int row;
+
+  __device__ __forceinline__ const T* at(int i) const {
+    const uint32_t offset = row * kSwizzleRow + i % kSwizzleElements * sizeof(T);
+    return reinterpret_cast<const T*>(product + i / kSwizzleElements * kBox + swizzled(offset));
+  }
+  __device__ __forceinline__ T element(int i) const { return *at(i); }
+  __device__ __forceinline__ Packet<T> packet(int first) const {
+    Packet<T> packet;
+    *reinterpret_cast<uint4*>(&packet) = *reinterpret_cast<const uint4*>(at(first));
+    return packet;
+  }
+};
+
+// Three warps, of which two have a row of P a thread.
+template <typename T>
+__device__ __forceinline__ void gather_statistics(const Sm90Problem& p, const Tiles& tiles,
+                                                  const Memory& memory) {
+  const int thread = threadIdx.x - (kGroupThreads - kFinishers);
+  int parity = 0;
+  tiles.each([&](int row0, int column) {
+    for (int half = 0; half < kMultipliers; ++half) {
+      const int row = row0 + half * kHalfM + thread;
+      mbarrier_wait(memory.ready(half), parity);
+      if (thread < kHalfM && row < tiles.m) {
+        leave_statistics<T>(p.epilogue.statistics, p.m, row, column / kTileN, column,
+                            static_cast<int>(min(p.epilogue.width - column, int64_t{kTileN})),
+                            LogitsOfRow<T>{memory.product(half), thread});
+      }
+      mbarrier_arrive(memory.taken(half));
+    }
+    parity ^= 1;
+  });
+}
+
+template <typename T, bool kAAlongK, bool kBAlongK, Output kOutput>
 __device__ __forceinline__ void make_tiles(const Sm90Problem& p) {
   const Memory memory{dynamic_shared()};
   if (threadIdx.x == 0) {
@@ -295,33 +402,40 @@ __device__ __forceinline__ void make_tiles(const Sm90Problem& p) {
     }
     for (int half = 0; half < kMultipliers; ++half) {
       mbarrier_init(memory.ready(half), kGroupThreads);
-      mbarrier_init(memory.taken(half), kFinishers);
+      mbarrier_init(memory.taken(half), kOutput == Output::kFloat ? 1 : kFinishers);
     }
     mbarrier_fence_init();
   }
   cluster_barrier();
-  const Tiles tiles(p);
+  const Tiles tiles(p, /*rows_are_k=*/!kAAlongK);
   const int group = threadIdx.x / kGroupThreads;
   if (group == 0) {
     give_registers<kFirstRegisters>();
     if (threadIdx.x == 0) {
       load_tiles<kAAlongK, kBAlongK>(p, tiles, memory);
-    } else if (threadIdx.x >= kGroupThreads - kFinishers) {
+    } else if (threadIdx.x < kGroupThreads - kFinishers) {
+      // the rest of the loader's warp
+    } else if constexpr (kOutput == Output::kFloat) {
+      const int half = threadIdx.x / 32 - 1;
+      if (half < kMultipliers && threadIdx.x % 32 == 0) store_floats(p, tiles, memory, half);
+    } else if constexpr (kOutput == Output::kStatistics) {
+      gather_statistics<T>(p, tiles, memory);
+    } else {
       finish_tiles<T>(p, tiles, memory);
     }
   } else {
     take_registers<kMultiplierRegisters>();
-    multiply_tiles<T, kAAlongK, kBAlongK>(p, tiles, memory, group - 1);
+    multiply_tiles<T, kAAlongK, kBAlongK, kOutput>(p, tiles, memory, group - 1);
   }
   // No block ends while the other may still copy into it or arrive at its barriers.
   cluster_barrier();
 }
 
-template <typename T, GemmLayout kLayout>
+template <typename T, GemmLayout kLayout, Output kOutput>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ Sm90Problem p) {
   if constexpr (kHasWgmma) {
-    make_tiles<T, kLayout != GemmLayout::kTN, kLayout == GemmLayout::kNT>(p);
+    make_tiles<T, kLayout != GemmLayout::kTN, kLayout == GemmLayout::kNT, kOutput>(p);
   }
 }
 
@@ -329,24 +443,25 @@ bool aligned(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
 }
 
-template <typename T, GemmLayout kLayout>
+template <typename T, GemmLayout kLayout, Output kOutput>
 cudaError_t launch(const GemmProblem& p, int multiprocessors, cudaStream_t stream) {
-  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
   constexpr bool kAAlongK = kLayout != GemmLayout::kTN, kBAlongK = kLayout == GemmLayout::kNT;
   const Epilogue& e = p.epilogue;
   const int64_t parts = e.gated ? 2 : 1;
   Sm90Problem problem = {};
   problem.epilogue = e;
+  problem.rows = p.rows;
   problem.m = static_cast<int>(p.m);
   problem.k = static_cast<int>(p.k);
   problem.finish = e.gated || e.activation != activation_id<Identity>() || e.seed != nullptr ||
                    e.residual != nullptr || e.preact != nullptr;
-  problem.store_product = !problem.finish || e.preact != nullptr;
+  problem.store_product = kOutput == Output::kFloat ||
+                          (kOutput == Output::kHalf && (!problem.finish || e.preact != nullptr));
   const auto map = [&](const Matrix& matrix, int64_t columns, int64_t rows, int64_t parts,
                        int box_rows, TensorMap* to) {
     return make_tensor_map(
         {matrix.data, columns, rows, parts, matrix.stride, rows * matrix.stride, box_rows},
-        kBFloat16, to);
+        p.storage, to);
   };
   cudaError_t error = kAAlongK ? map(p.a, p.k, p.m, 1, kBoxRows, &problem.a)
                                : map(p.a, p.m, p.k, 1, kDepth, &problem.a);
@@ -358,12 +473,12 @@ cudaError_t launch(const GemmProblem& p, int multiprocessors, cudaStream_t strea
     const bool preact = e.preact != nullptr;
     const int64_t stride = preact ? parts * e.width : e.out_stride;
     error = make_tensor_map(
-        {preact ? e.preact : e.out, e.width, p.m, parts, stride, e.width, kSwizzleElements},
-        kBFloat16, &problem.product);
+        {preact ? e.preact : e.out, e.width, p.m, parts, stride, e.width, kHalfM},
+        kOutput == Output::kFloat ? Storage::kFloat32 : p.storage, &problem.product);
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = gemm_sm90_kernel<T, kLayout>;
+  const auto kernel = gemm_sm90_kernel<T, kLayout, kOutput>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error;
   const int64_t rows = kBlocks * kTileM, columns = kTileN / parts;
@@ -386,13 +501,17 @@ cudaError_t launch(const GemmProblem& p, int multiprocessors, cudaStream_t strea
 
 template <typename T>
 cudaError_t launch_layout(const GemmProblem& p, int multiprocessors, cudaStream_t stream) {
+  const auto run = [&](auto launcher) { return launcher(p, multiprocessors, stream); };
   switch (p.layout) {
     case GemmLayout::kNT:
-      return launch<T, GemmLayout::kNT>(p, multiprocessors, stream);
+      return p.epilogue.statistics.sums == nullptr
+                 ? run(launch<T, GemmLayout::kNT, Output::kHalf>)
+                 : run(launch<T, GemmLayout::kNT, Output::kStatistics>);
     case GemmLayout::kNN:
-      return launch<T, GemmLayout::kNN>(p, multiprocessors, stream);
+      return run(launch<T, GemmLayout::kNN, Output::kHalf>);
     default:
-      return launch<T, GemmLayout::kTN>(p, multiprocessors, stream);
+      return p.epilogue.float_out ? run(launch<T, GemmLayout::kTN, Output::kFloat>)
+                                  : run(launch<T, GemmLayout::kTN, Output::kHalf>);
   }
 }
 
@@ -403,8 +522,11 @@ bool gemm_sm90_serves(const GemmProblem& p) {
   constexpr int64_t kMost = int64_t{1} << 30;
   const bool half = p.storage == Storage::kFloat16 || p.storage == Storage::kBFloat16;
   const bool sizes = p.m > 0 && p.n > 0 && p.k > 0 && p.m < kMost && p.n < kMost && p.k < kMost;
+  // Sums in float are stored as they are, or added to what is there.
+  const bool out = !e.float_out ||
+                   (p.layout == GemmLayout::kTN && (e.residual == nullptr || e.residual == e.out));
   // The copy engine's rows are multiples of 16 bytes.
-  return half && sizes && !e.float_out && sm90::aligned(p.a.data, p.a.stride) &&
+  return half && sizes && out && sm90::aligned(p.a.data, p.a.stride) &&
          sm90::aligned(p.b.data, p.b.stride) && e.width % 8 == 0 &&
          sm90::aligned(e.out, e.out_stride) && sm90::aligned(e.preact, 0) &&
          sm90::aligned(e.bias, 0);
@@ -413,12 +535,14 @@ bool gemm_sm90_serves(const GemmProblem& p) {
 bool gemm_sm90_built() {
   static const bool built = [] {
     cudaFuncAttributes found = {};
-    const auto kernel = sm90::gemm_sm90_kernel<__half, GemmLayout::kNT>;
+    const auto kernel = sm90::gemm_sm90_kernel<__half, GemmLayout::kNT, sm90::Output::kHalf>;
     // What other targets have under this name is empty and needs no registers.
     return cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.numRegs > 100;
   }();
   return built;
 }
+
+int64_t gemm_sm90_tiles(int64_t columns) { return (columns + sm90::kTileN - 1) / sm90::kTileN; }
 
 cudaError_t gemm_sm90_cuda(const GemmProblem& p, int multiprocessors, cudaStream_t stream) {
   return p.storage == Storage::kFloat16

@@ -1,12 +1,15 @@
 // The small kernels around the GEMMs of linear cross-entropy: they drop the ignored rows without
-// the host knowing how many there are, and scale finished gradients.
+// the host knowing how many there are, make rows' losses of what a product's tiles left of them, and
+// scale finished gradients.
 // Work: the compaction is one block's prefix sum over the labels (8192 of them: 8 rounds); rows are
-//   moved by a block each; the scaling strides over the tensor with a few blocks a multiprocessor,
-//   so that the usual scale of 1 costs a launch.
+//   moved by a block each; tiles are merged by a lane per row, every eighth of them by one warp, in
+//   a fixed order; the scaling strides over the tensor with a few blocks a multiprocessor, so that
+//   the usual scale of 1 costs a launch.
 #include <algorithm>
 
+#include "cross_entropy_row.cuh"
 #include "linear_cross_entropy.h"
-#include "prim/reduce.cuh"
+#include "linear_cross_entropy_epilogue.cuh"
 
 namespace fastnn {
 
@@ -58,15 +61,48 @@ __global__ void gemm_scalars_kernel(const float* total_weight, const int* kept, 
 template <typename Unit>
 __global__ void __launch_bounds__(kMoveThreads)
     move_rows_kernel(const Unit* __restrict__ from, int64_t from_stride, Unit* __restrict__ to,
-                     int64_t to_stride, int units, const int* __restrict__ place,
-                     const int* __restrict__ kept, int first, bool scatter) {
+                     int64_t to_stride, int units, const int* __restrict__ place, RowCount there,
+                     int rows, bool scatter) {
   const int row = blockIdx.x, moved = place[row];
   from += from_stride * (scatter ? row : moved);
   to += to_stride * (scatter ? moved : row);
-  const bool present = first + row < *kept;
+  const bool present = row < there.of(rows);
   for (int unit = threadIdx.x; unit < units; unit += kMoveThreads) {
     to[unit] = present ? from[unit] : Unit{};
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSharedThreads)
+    merge_statistics_kernel(const __grid_constant__ CrossEntropyProblem p, RowStatistics s,
+                            int64_t tiles, float* __restrict__ row_loss, float* __restrict__ lse) {
+  using R = Row<T, Kind::kLabels>;
+  __shared__ SoftmaxSums shared[kSharedThreads];
+  const RowThread thread = row_thread(Layout::kLanePerRow);
+  const bool active = thread.row < p.rows;
+  R row;
+  RowLabel label;
+  SoftmaxSums sums = no_logits();
+  if (active) {
+    row = row_of<R>(p, thread.row);
+    label = read_label(p, row, false);
+    if (label.kind != Label::kIgnored) {
+#pragma unroll 4
+      for (int64_t tile = thread.first; tile < tiles; tile += thread.step) {
+        const float* from = sums_of(s, p.rows, thread.row, tile);
+        SoftmaxSums part = {from[0], from[1], 0.f, 0.f};
+        if (s.weighted) part = *reinterpret_cast<const SoftmaxSums*>(from);
+        sums = merge<T>(sums, part);
+      }
+    }
+  }
+  sums = lane_reduce(sums, shared,
+                     [](const SoftmaxSums& a, const SoftmaxSums& b) { return merge<T>(a, b); });
+  if (!active || thread.first != 0) return;
+  if (label.kind == Label::kCounted) label.logit = s.label_logit[thread.row];
+  const float row_lse = lse_of(sums.max, logf(sums.sum));
+  row_loss[row.place] = row_loss_of(p, row, label, sums, row_lse);
+  lse[row.place] = label.kind == Label::kIgnored ? 0.f : row_lse;
 }
 
 template <typename T>
@@ -118,7 +154,7 @@ cudaError_t gemm_scalars_cuda(const float* total_weight, const int* kept, float*
 }
 
 cudaError_t move_rows_cuda(RowBytes from, RowBytes to, int64_t bytes, int element_size,
-                           const int* place, const int* kept, int first, int rows, bool scatter,
+                           const int* place, RowCount there, int rows, bool scatter,
                            cudaStream_t stream) {
   if (rows == 0 || bytes == 0) return cudaSuccess;
   const auto move = [&](auto unit) {
@@ -127,7 +163,7 @@ cudaError_t move_rows_cuda(RowBytes from, RowBytes to, int64_t bytes, int elemen
     return launch(rows, kMoveThreads, stream, move_rows_kernel<Unit>,
                   static_cast<const Unit*>(from.data), from.stride / kSize,
                   static_cast<Unit*>(to.data), to.stride / kSize, static_cast<int>(bytes / kSize),
-                  place, kept, first, scatter);
+                  place, there, rows, scatter);
   };
   const auto bits = reinterpret_cast<uintptr_t>(from.data) | reinterpret_cast<uintptr_t>(to.data) |
                     static_cast<uintptr_t>(from.stride | to.stride | bytes);
@@ -135,25 +171,25 @@ cudaError_t move_rows_cuda(RowBytes from, RowBytes to, int64_t bytes, int elemen
   return element_size == 2 ? move(uint16_t{}) : move(uint32_t{});
 }
 
+cudaError_t merge_statistics_cuda(const CrossEntropyProblem& problem,
+                                  const RowStatistics& statistics, int64_t tiles, float* row_loss,
+                                  float* lse, cudaStream_t stream) {
+  const int64_t blocks = (problem.rows + kWarp - 1) / kWarp;
+  return by_storage(problem.storage, [&](auto type) {
+    return launch(blocks, kSharedThreads, stream, merge_statistics_kernel<decltype(type)>, problem,
+                  statistics, tiles, row_loss, lse);
+  });
+}
+
 cudaError_t scale_cuda(void* data, Storage storage, int64_t count, const float* scale,
                        cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
-  const auto run = [&](auto type) {
+  return by_storage(storage, [&](auto type) {
     using T = decltype(type);
     const int64_t blocks = (count + kScaleThreads - 1) / kScaleThreads;
     return launch(std::min<int64_t>(blocks, kScaleBlocks), kScaleThreads, stream, scale_kernel<T>,
                   static_cast<T*>(data), count, scale);
-  };
-  switch (storage) {
-    case Storage::kFloat32:
-      return run(float{});
-    case Storage::kFloat16:
-      return run(__half{});
-    case Storage::kBFloat16:
-      return run(__nv_bfloat16{});
-    default:
-      return cudaErrorInvalidValue;
-  }
+  });
 }
 
 }  // namespace fastnn

@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-#include "prim/copy.cuh"
+#include "cross_entropy.h"
+#include "linear_act.h"
 
 namespace fastnn {
 
@@ -28,10 +29,16 @@ struct RowBytes {
 };
 
 // to[r] = from[place[r]], or to[place[r]] = from[r] if `scatter`, for r < rows; 0 instead of `from`
-// where first + r >= *kept.
+// for the rows that are not there.
 cudaError_t move_rows_cuda(RowBytes from, RowBytes to, int64_t bytes, int element_size,
-                           const int* place, const int* kept, int first, int rows, bool scatter,
+                           const int* place, RowCount there, int rows, bool scatter,
                            cudaStream_t stream);
+
+// row_loss and lse of a chunk's rows from the statistics that a product left, `tiles` a row; the
+// problem's logits are not there.
+cudaError_t merge_statistics_cuda(const CrossEntropyProblem& problem,
+                                  const RowStatistics& statistics, int64_t tiles, float* row_loss,
+                                  float* lse, cudaStream_t stream);
 
 // data[i] *= *scale; a scale of 1 touches nothing.
 cudaError_t scale_cuda(void* data, Storage storage, int64_t count, const float* scale,

@@ -4,11 +4,14 @@
 //   W. So the forward makes the gradients for an upstream gradient of 1 with three GEMMs in all,
 //   and the backward of a scaled loss only scales them; reduction "none" and a used lse recompute.
 //   Rows whose label is ignored are moved to the end on the device, and not read; no call waits for
-//   the device. The GEMMs still have their rows (as zeros): how many there are is not known here.
-//   Memory: a chunk of logits and of X, and dW in float where it takes several chunks of a half
-//   type. The default is one chunk wherever its logits need no more than that together.
-//   Numerics: logits in X's dtype as F.linear gives them; everything else, and sums over chunks, in
-//   float. The mean's divisor multiplies inside the GEMMs, read from the device.
+//   the device. Our own products (kCountedPaths) ask the device for the number of rows and leave
+//   the others out; cuBLAS, which has it from here, multiplies zeros. Without gradients our own
+//   products do not store the logits: a tile leaves its rows' statistics. Memory: a chunk of logits
+//   and of X, and dW in float where it takes several chunks of a half type. The default is one
+//   chunk wherever its logits need no more than that together. Without stored logits, a chunk of X
+//   and 8 bytes (16 with weighted smoothing) per row and tile. Numerics: logits in X's dtype as
+//   F.linear gives them; everything else, and sums over chunks, in float. The mean's divisor
+//   multiplies inside the GEMMs, read from the device.
 // Floor: three GEMMs; beside them a read and a write of the logits (1.4 ms of 8192 x 128256 at 3.0
 //   TB/s, 4.3 % of the GEMMs at D = 4096). Not measured yet.
 
@@ -30,6 +33,7 @@
 #include <array>
 #include <tuple>
 
+#include "cuda/gemm_binding.h"
 #include "cuda/linear_cross_entropy.h"
 #include "cuda/loss_binding.h"
 
@@ -43,7 +47,8 @@ using std::optional;
 // At 4096 rows the GEMMs are at their best, and reading and writing dW once per chunk is hidden.
 constexpr int64_t kDefaultRows = 4096;
 constexpr int64_t kDefaultWorkspace = int64_t{1} << 30;
-constexpr int64_t kTileRows = 128;  // of a GEMM
+constexpr int64_t kDefaultStatistics = int64_t{15} << 20;  // the workspace of logits not stored
+constexpr int64_t kTileRows = 256;                         // of a GEMM
 
 // Rows of a chunk. `row` is a row's bytes of logits, `sum_bytes` what dW takes in float if there
 // are several chunks.
@@ -63,45 +68,60 @@ cudaDataType_t cuda_type(at::ScalarType dtype) {
   return dtype == at::kHalf ? CUDA_R_16F : dtype == at::kBFloat16 ? CUDA_R_16BF : CUDA_R_32F;
 }
 
-// GEMMs that ATen does not offer: sums in float of products of half types, and factors that are
-// read from the device.
-class Gemm {
- public:
-  explicit Gemm(const Tensor& scalars)
-      : handle_(at::cuda::getCurrentCUDABlasHandle()),
-        scale_(scalars.const_data_ptr<float>()),
-        zero_(scale_ + 1),
-        one_(scale_ + 2) {
-    TORCH_CUDABLAS_CHECK(cublasGetPointerMode(handle_, &pointer_mode_));
-    TORCH_CUDABLAS_CHECK(cublasGetMathMode(handle_, &math_mode_));
-    TORCH_CUDABLAS_CHECK(cublasSetPointerMode(handle_, CUBLAS_POINTER_MODE_DEVICE));
-    const int exact = math_mode_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
-    TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle_, static_cast<cublasMath_t>(exact)));
-  }
-  ~Gemm() {
-    cublasSetPointerMode(handle_, pointer_mode_);
-    cublasSetMathMode(handle_, math_mode_);
-  }
-  Gemm(const Gemm&) = delete;
-  Gemm& operator=(const Gemm&) = delete;
+// A chunk's products: by cuBLAS, or by our own kernels, which leave out rows that are not there.
+// Both sum half types in float and read their factor from the device.
+struct Products {
+  GemmPath path;
+  Device device;
+  const float* scalars;  // {factor, 0, 1}
 
-  // c = scale * a^T b, or += where `adds`; with `transposed` false, a b. Row-major matrices.
-  void run(const Tensor& a, bool transposed, const Tensor& b, const Tensor& c, bool adds) const {
-    const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
-    if (m == 0 || n == 0) return;
-    // To cuBLAS, which counts columns first, it is c^T = b^T a.
-    TORCH_CUDABLAS_CHECK(cublasGemmEx(
-        handle_, CUBLAS_OP_N, transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k, scale_,
-        b.const_data_ptr(), cuda_type(b.scalar_type()), b.stride(0), a.const_data_ptr(),
-        cuda_type(a.scalar_type()), a.stride(0), adds ? one_ : zero_, c.mutable_data_ptr(),
-        cuda_type(c.scalar_type()), c.stride(0), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+  // c = factor * a^T b, or += where `adds`; with `transposed` false, a b. Row-major matrices, of
+  // which a chunk's rows are those of a.
+  void run(const Tensor& a, bool transposed, const Tensor& b, const Tensor& c, bool adds,
+           RowCount rows) const {
+    if (c.numel() == 0) return;
+    if (path == GemmPath::kCublas) return run_cublas(a, transposed, b, c, adds);
+    GemmProblem problem = gemm_problem(a, b, transposed ? GemmLayout::kTN : GemmLayout::kNN);
+    problem.rows = rows;
+    problem.epilogue = stored(c);
+    problem.epilogue.float_out = c.scalar_type() != a.scalar_type();
+    problem.epilogue.factor = scalars;
+    if (adds) problem.epilogue.residual = c.const_data_ptr();
+    // The bias' gradient has one column, which is not for the copy engine.
+    run_gemm(path_serves(path, problem, device.capability) ? path : GemmPath::kPortable, problem,
+             device);
+  }
+
+  static Epilogue stored(const Tensor& out) {
+    Epilogue epilogue = {};
+    epilogue.out = out.mutable_data_ptr();
+    epilogue.width = out.size(1);
+    epilogue.out_stride = epilogue.residual_stride = out.stride(0);
+    return epilogue;
   }
 
  private:
-  cublasHandle_t handle_;
-  const float *scale_, *zero_, *one_;
-  cublasPointerMode_t pointer_mode_;
-  cublasMath_t math_mode_;
+  void run_cublas(const Tensor& a, bool transposed, const Tensor& b, const Tensor& c,
+                  bool adds) const {
+    const cublasHandle_t handle = at::cuda::getCurrentCUDABlasHandle();
+    cublasPointerMode_t pointer_mode;
+    cublasMath_t math_mode;
+    TORCH_CUDABLAS_CHECK(cublasGetPointerMode(handle, &pointer_mode));
+    TORCH_CUDABLAS_CHECK(cublasGetMathMode(handle, &math_mode));
+    TORCH_CUDABLAS_CHECK(cublasSetPointerMode(handle, CUBLAS_POINTER_MODE_DEVICE));
+    const int exact = math_mode | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle, static_cast<cublasMath_t>(exact)));
+    // To cuBLAS, which counts columns first, it is c^T = b^T a.
+    const cublasStatus_t status =
+        cublasGemmEx(handle, CUBLAS_OP_N, transposed ? CUBLAS_OP_T : CUBLAS_OP_N, c.size(1),
+                     c.size(0), b.size(0), scalars, b.const_data_ptr(), cuda_type(b.scalar_type()),
+                     b.stride(0), a.const_data_ptr(), cuda_type(a.scalar_type()), a.stride(0),
+                     scalars + (adds ? 2 : 1), c.mutable_data_ptr(), cuda_type(c.scalar_type()),
+                     c.stride(0), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    TORCH_CUDABLAS_CHECK(cublasSetPointerMode(handle, pointer_mode));
+    TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle, math_mode));
+    TORCH_CUDABLAS_CHECK(status);
+  }
 };
 
 // Rows of neighbouring elements that do not overlap.
@@ -140,7 +160,7 @@ struct Call : LossArguments {
       check_shape(*linear_bias, {classes}, op, "linear_bias");
       check_dtype(*linear_bias, input.scalar_type(), op, "linear_bias");
       check_device(*linear_bias, input, op, "linear_bias");
-      bias = *linear_bias;
+      bias = linear_bias->contiguous();
     }
     stream = c10::cuda::getCurrentCUDAStream();
     shape = at::DimVector(input.sizes().slice(0, input.dim() - 1));
@@ -179,18 +199,103 @@ struct Call : LossArguments {
         problem.class_weight, place.data_ptr<int>(), kept.data_ptr<int>(), row_weight, stream));
   }
 
-  // Calls rows_of_chunk(problem, first), which makes the gradient over the logits (or no gradient,
-  // where none is wanted), chunk after chunk; `scale` multiplies the gradients, null for 1.
+  // The chunk's rows that are there, from row `first` on.
+  RowCount there(int64_t first) const {
+    return {labels.defined() ? kept.const_data_ptr<int>() : nullptr, static_cast<int>(first)};
+  }
+
+  // to[r] = from[place[first + r]], or the other way; zeros where there is no row.
+  void move(const Tensor& from, const Tensor& to, int64_t first, int64_t count,
+            bool scatter) const {
+    const int64_t element = x.element_size();
+    C10_CUDA_CHECK(move_rows_cuda(row_bytes(from), row_bytes(to), features * element,
+                                  static_cast<int>(element), place.const_data_ptr<int>() + first,
+                                  there(first), static_cast<int>(count), scatter, stream));
+  }
+
+  // The chunk of the loss' problem from row `first` on; its logits are to be set.
+  CrossEntropyProblem chunk_of(int64_t first, int64_t count) const {
+    CrossEntropyProblem chunk = problem;
+    chunk.rows = count;
+    if (labels.defined()) {
+      chunk.row_index = place.const_data_ptr<int>() + first;
+    } else {
+      chunk.probabilities = probabilities.narrow(0, first, count).const_data_ptr();
+    }
+    return chunk;
+  }
+
+  GemmProblem logits_of(const Tensor& part, int64_t first) const {
+    GemmProblem product = gemm_problem(part, w, GemmLayout::kNT);
+    product.rows = there(first);
+    product.epilogue.width = product.epilogue.out_stride = classes;
+    if (bias.defined()) product.epilogue.bias = bias.const_data_ptr();
+    return product;
+  }
+
+  // By cuBLAS where every row is there: probabilities, for which nothing is ignored.
+  GemmPath choose(const Device& device) const {
+    if (!labels.defined() || rows == 0 || features == 0) return GemmPath::kCublas;
+    GemmProblem product = logits_of(x, 0);
+    product.a = {nullptr, features};  // the moved rows, in memory of their own
+    product.epilogue.out_stride = pitch();
+    return choose_path(product, device, "FASTNN_LINEAR_CROSS_ENTROPY");
+  }
+
+  int64_t pitch() const {
+    const int64_t per_packet = 16 / x.element_size();
+    return (classes + per_packet - 1) / per_packet * per_packet;
+  }
+
+  // Losses and log-sum-exps of rows whose logits no one needs; false where that is not for us.
+  bool run_without_logits(float* row_loss, float* lse) {
+    const Device device = current_device();
+    const GemmPath path = choose(device);
+    if (wants_gradient() || path == GemmPath::kCublas) return false;
+    const bool weighted = problem.label_smoothing > 0.f;
+    const int64_t tiles =
+        path == GemmPath::kSm90 ? gemm_sm90_tiles(classes) : gemm_portable_tiles(classes);
+    const int64_t sums = tiles * (weighted ? 4 : 2), row_bytes = features * x.element_size();
+    const int64_t step = rows_per_chunk(rows, row_bytes + sums * int64_t{sizeof(float)}, 0,
+                                        workspace_bytes < 0 ? kDefaultStatistics : workspace_bytes);
+    const auto floats = x.options().dtype(at::kFloat);
+    const Tensor moved = at::empty({step, features}, x.options());
+    const Tensor left = at::empty({step, sums}, floats), label_logit = at::empty({step}, floats);
+    for (int64_t first = 0; first < rows; first += step) {
+      const int64_t count = std::min(step, rows - first);
+      const Tensor part = moved.narrow(0, 0, count);
+      move(x, part, first, count, /*scatter=*/false);
+      CrossEntropyProblem chunk = chunk_of(first, count);
+      chunk.strides = {};
+      GemmProblem product = logits_of(part, first);
+      product.epilogue.statistics = {left.data_ptr<float>(),
+                                     label_logit.data_ptr<float>(),
+                                     chunk.labels,
+                                     chunk.row_index,
+                                     chunk.class_weight,
+                                     chunk.softcap,
+                                     weighted};
+      run_gemm(path, product, device);
+      C10_CUDA_CHECK(
+          merge_statistics_cuda(chunk, product.epilogue.statistics, tiles, row_loss, lse, stream));
+    }
+    return true;
+  }
+
+  // Calls rows_of_chunk(problem, first, rows), which makes the gradient over the logits (or no
+  // gradient, where none is wanted), chunk after chunk; `total_weight` divides the gradients.
   template <typename Function>
   void run(const float* total_weight, const Function& rows_of_chunk) {
     const int* kept_rows = labels.defined() ? kept.const_data_ptr<int>() : nullptr;
     C10_CUDA_CHECK(gemm_scalars_cuda(total_weight, kept_rows, scalars.data_ptr<float>(), stream));
-    const int64_t element = x.element_size(), per_packet = 16 / element;
-    const int64_t pitch = (classes + per_packet - 1) / per_packet * per_packet;
+    const Device device = current_device();
+    const Products products{choose(device), device, scalars.const_data_ptr<float>()};
+    const bool own = products.path != GemmPath::kCublas;
+    const int64_t element = x.element_size();
     const bool narrow = x.scalar_type() != at::kFloat;
     const int64_t sum_bytes = wants[1] && narrow ? classes * features * int64_t{4} : 0;
-    const int64_t step = rows_per_chunk(rows, pitch * element, sum_bytes, workspace_bytes);
-    const Tensor buffer = at::empty({step, pitch}, x.options());
+    const int64_t step = rows_per_chunk(rows, pitch() * element, sum_bytes, workspace_bytes);
+    const Tensor buffer = at::empty({step, pitch()}, x.options());
     const Tensor moved = labels.defined() ? at::empty({step, features}, x.options()) : Tensor();
     Tensor ones, dw = grad_w;
     if (wants[2]) ones = at::ones({step, 1}, x.options());
@@ -200,47 +305,41 @@ struct Call : LossArguments {
 
     for (int64_t first = 0; first < rows; first += step) {
       const int64_t count = std::min(step, rows - first);
-      const auto move = [&](const Tensor& from, const Tensor& to, bool scatter) {
-        C10_CUDA_CHECK(move_rows_cuda(
-            row_bytes(from), row_bytes(to), features * element, static_cast<int>(element),
-            place.const_data_ptr<int>() + first, kept_rows, static_cast<int>(first),
-            static_cast<int>(count), scatter, stream));
-      };
+      const RowCount counted = own ? there(first) : RowCount{};
       Tensor part = x.narrow(0, first, count);
       if (labels.defined()) {
         part = moved.narrow(0, 0, count);
-        move(x, part, /*scatter=*/false);
+        move(x, part, first, count, /*scatter=*/false);
       }
       Tensor logits = buffer.narrow(0, 0, count).narrow(1, 0, classes);
-      if (bias.defined()) {
+      if (own) {
+        GemmProblem product = logits_of(part, first);
+        product.epilogue.out = logits.mutable_data_ptr();
+        product.epilogue.out_stride = pitch();
+        run_gemm(products.path, product, device);
+      } else if (bias.defined()) {
         at::addmm_out(logits, bias, part, w.t());
       } else {
         at::mm_out(logits, part, w.t());
       }
 
-      CrossEntropyProblem chunk = problem;
+      CrossEntropyProblem chunk = chunk_of(first, count);
       chunk.logits = logits.const_data_ptr();
-      chunk.strides = {pitch, 1, 1};
-      chunk.rows = count;
-      if (labels.defined()) {
-        chunk.row_index = place.const_data_ptr<int>() + first;
-      } else {
-        chunk.probabilities = probabilities.narrow(0, first, count).const_data_ptr();
-      }
-      rows_of_chunk(chunk, labels.defined() ? 0 : first);
+      chunk.strides = {pitch(), 1, 1};
+      rows_of_chunk(chunk, labels.defined() ? 0 : first, counted);
       if (!wants_gradient()) continue;
 
-      const Gemm gemm(scalars);
-      if (wants[1]) gemm.run(logits, true, part, dw, first > 0);
+      if (wants[1]) products.run(logits, true, part, dw, first > 0, counted);
       if (wants[2]) {
-        gemm.run(logits, true, ones.narrow(0, 0, count), grad_bias.unsqueeze(1), first > 0);
+        products.run(logits, true, ones.narrow(0, 0, count), grad_bias.unsqueeze(1), first > 0,
+                     counted);
       }
       if (!wants[0]) continue;
       if (labels.defined()) {
-        gemm.run(logits, false, w, part, false);  // X's chunk has been used
-        move(part, dx, /*scatter=*/true);
+        products.run(logits, false, w, part, false, counted);  // X's chunk has been used
+        move(part, dx, first, count, /*scatter=*/true);
       } else {
-        gemm.run(logits, false, w, dx.narrow(0, first, count), false);
+        products.run(logits, false, w, dx.narrow(0, first, count), false, counted);
       }
     }
     if (wants[1] && !dw.is_same(grad_w)) grad_w.copy_(dw);
@@ -285,7 +384,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
 
   call.compact(row_weight_data);
   if (call.mean && call.wants_gradient()) reduce(nullptr, nullptr);
-  call.run(call.mean ? total_data : nullptr, [&](const CrossEntropyProblem& p, int64_t first) {
+  const auto rows_of_chunk = [&](const CrossEntropyProblem& p, int64_t first, RowCount counted) {
     if (!call.wants_gradient()) {
       C10_CUDA_CHECK(cross_entropy_forward_cuda(p, row_loss_data + first, lse_data + first, nullptr,
                                                 call.stream));
@@ -296,8 +395,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
     gradient.grad_strides = p.strides;
     gradient.row_loss = row_loss_data + first;
     gradient.row_lse = lse_data + first;
+    gradient.rows = counted;
     C10_CUDA_CHECK(cross_entropy_backward_cuda(p, gradient, call.stream));
-  });
+  };
+  if (!call.run_without_logits(row_loss_data, lse_data)) {
+    call.run(call.mean ? total_data : nullptr, rows_of_chunk);
+  }
   reduce(call.per_row ? nullptr : row_loss_data, call.per_row ? nullptr : loss.data_ptr<float>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {loss, lse, total_weight, call.grad_input, call.grad_w, call.grad_bias};
@@ -325,7 +428,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   if (!call.wants_gradient()) return {call.grad_input, call.grad_w, call.grad_bias};
 
   call.compact(nullptr);
-  call.run(nullptr, [&](const CrossEntropyProblem& p, int64_t first) {
+  call.run(nullptr, [&](const CrossEntropyProblem& p, int64_t first, RowCount counted) {
     CrossEntropyGradient gradient = {};
     gradient.grad_loss = upstream.const_data_ptr<float>() + (call.per_row ? first : 0);
     gradient.grad_per_row = call.per_row;
@@ -334,6 +437,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     gradient.total_weight = call.mean ? divisor.const_data_ptr<float>() : nullptr;
     gradient.grad_logits = const_cast<void*>(p.logits);
     gradient.grad_strides = p.strides;
+    gradient.rows = counted;
     C10_CUDA_CHECK(cross_entropy_backward_cuda(p, gradient, call.stream));
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -15,8 +15,14 @@ int scalars(const float* total_weight, const int* kept, float* scalars) {
 
 int move(void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t bytes, int element,
          const int* place, const int* kept, int first, int rows, bool scatter) {
-  return fastnn::move_rows_cuda({from, from_stride}, {to, to_stride}, bytes, element, place, kept,
-                                first, rows, scatter, nullptr);
+  return fastnn::move_rows_cuda({from, from_stride}, {to, to_stride}, bytes, element, place,
+                                {kept, first}, rows, scatter, nullptr);
+}
+
+int merge_statistics(const fastnn::CrossEntropyProblem* problem,
+                     const fastnn::RowStatistics* statistics, int64_t tiles, float* row_loss,
+                     float* lse) {
+  return fastnn::merge_statistics_cuda(*problem, *statistics, tiles, row_loss, lse, nullptr);
 }
 
 int scale(void* data, int storage, int64_t count, const float* scale) {

@@ -9,7 +9,7 @@
 
 namespace fastnn {
 
-struct SoftmaxSums {
+struct alignas(16) SoftmaxSums {
   float max, sum, weight, deviation;
 };
 

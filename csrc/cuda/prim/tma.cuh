@@ -3,15 +3,16 @@
 
 #include <cuda.h>
 
+#include "copy.cuh"
 #include "mbarrier.cuh"
 
 namespace fastnn {
 
 using TensorMap = CUtensorMap;
 
-// A view [parts, rows, columns] of 2-byte elements, of which boxes [1, box_rows, 64] are copied,
-// swizzled in shared memory; what lies outside of it reads as 0 and is not written. Strides in
-// elements; they and the address have to be multiples of 16 bytes.
+// A view [parts, rows, columns] of half types or float, of which boxes [1, box_rows, 128 bytes] are
+// copied, swizzled in shared memory; what lies outside of it reads as 0 and is not written. Strides
+// in elements; they and the address have to be multiples of 16 bytes.
 struct TensorView {
   const void* data;
   int64_t columns, rows, parts, row_stride, part_stride;
@@ -19,7 +20,7 @@ struct TensorView {
 };
 
 // The entry point is asked of the runtime: nothing is linked to the driver's library.
-inline cudaError_t make_tensor_map(const TensorView& view, bool bfloat16, TensorMap* map) {
+inline cudaError_t make_tensor_map(const TensorView& view, Storage storage, TensorMap* map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -34,13 +35,17 @@ inline cudaError_t make_tensor_map(const TensorView& view, bool bfloat16, Tensor
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(view.columns),
                                static_cast<cuuint64_t>(view.rows),
                                static_cast<cuuint64_t>(view.parts)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(view.row_stride) * 2,
-                                 static_cast<cuuint64_t>(view.part_stride) * 2};
-  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(view.box_rows), 1};
+  const cuuint32_t size = storage == Storage::kFloat32 ? 4 : 2;
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(view.row_stride) * size,
+                                 static_cast<cuuint64_t>(view.part_stride) * size};
+  const cuuint32_t box[3] = {128 / size, static_cast<cuuint32_t>(view.box_rows), 1};
   const cuuint32_t steps[3] = {1, 1, 1};
+  const CUtensorMapDataType type = storage == Storage::kFloat32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : storage == Storage::kFloat16
+                                       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
-      encode(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
-             const_cast<void*>(view.data), sizes, strides, box, steps,
+      encode(map, type, 3, const_cast<void*>(view.data), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -77,6 +82,16 @@ __device__ __forceinline__ void store_box(const TensorMap& map, int column, int 
   asm volatile(
       "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(
           &map),
+      "r"(column), "r"(row), "r"(part), "r"(shared_address(shared))
+      : "memory");
+}
+
+// The same of floats, added to those in memory (there, and rounded as any addition).
+__device__ __forceinline__ void add_box(const TensorMap& map, int column, int row, int part,
+                                        const void* shared) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2, %3}],"
+      " [%4];" ::"l"(&map),
       "r"(column), "r"(row), "r"(part), "r"(shared_address(shared))
       : "memory");
 }

@@ -2,6 +2,7 @@
 // for.
 #pragma once
 
+#include "cuda/prim/copy.cuh"
 #include "cuda/prim/wgmma_layout.cuh"
 #include "mbarrier.cuh"
 
@@ -12,33 +13,36 @@ struct TensorView {
   int64_t columns, rows, parts, row_stride, part_stride;
   int box_rows;
 };
-using TensorMap = TensorView;
+struct TensorMap : TensorView {
+  int size;  // of an element
+};
 
-inline cudaError_t make_tensor_map(const TensorView& view, bool, TensorMap* map) {
+inline cudaError_t make_tensor_map(const TensorView& view, Storage storage, TensorMap* map) {
+  const int size = storage == Storage::kFloat32 ? 4 : 2;
   const bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
-                       view.row_stride * 2 % 16 == 0 && view.part_stride * 2 % 16 == 0;
+                       view.row_stride * size % 16 == 0 && view.part_stride * size % 16 == 0;
   if (!aligned || view.box_rows > 256) return cudaErrorInvalidValue;
-  *map = view;
+  *map = {view, size};
   return cudaSuccess;
 }
 
 inline void prefetch_map(const TensorMap&) {}
 
 // Calls f(element in memory or null, element in shared memory) for a box.
-template <typename F>
+template <typename Element, typename F>
 void visit_box(const TensorMap& map, int column, int row, int part, char* shared, uint32_t at,
                const F& f) {
-  if (at % kSwizzlePattern != 0) std::abort();
+  if (at % kSwizzlePattern != 0 || map.size != sizeof(Element)) std::abort();
   for (int r = 0; r < map.box_rows; ++r) {
-    for (int c = 0; c < kSwizzleElements; ++c) {
+    for (int c = 0; c < kSwizzleRow / map.size; ++c) {
       const bool inside = column + c >= 0 && column + c < map.columns && row + r >= 0 &&
                           row + r < map.rows && part >= 0 && part < map.parts;
-      const auto* data = static_cast<const uint16_t*>(map.data);
+      const auto* data = static_cast<const Element*>(map.data);
       const auto* element =
           inside ? data + part * map.part_stride + (row + r) * map.row_stride + column + c
                  : nullptr;
-      const uint32_t offset = at + static_cast<uint32_t>(r * kSwizzleRow + c * 2);
-      f(element, reinterpret_cast<uint16_t*>(shared + swizzled(offset)));
+      const uint32_t offset = at + static_cast<uint32_t>(r * kSwizzleRow + c * map.size);
+      f(element, reinterpret_cast<Element*>(shared + swizzled(offset)));
     }
   }
 }
@@ -50,9 +54,10 @@ inline void load_box_multicast(void* shared, const TensorMap& map, int column, i
     if (!(blocks >> rank & 1)) continue;
     char* const memory = memory_of(rank);
     on_host::block->copies.push_back([=, &map] {
-      visit_box(map, column, row, part, memory, at, [](const uint16_t* from, uint16_t* to) {
-        *to = from == nullptr ? uint16_t{0} : *from;
-      });
+      visit_box<uint16_t>(map, column, row, part, memory, at,
+                          [](const uint16_t* from, uint16_t* to) {
+                            *to = from == nullptr ? uint16_t{0} : *from;
+                          });
       auto& b = HostMbarrier::of(reinterpret_cast<Mbarrier*>(memory + barrier_at));
       b.expect(-map.box_rows * kSwizzleRow);
       b.advance();
@@ -66,14 +71,28 @@ inline void load_box(void* shared, const TensorMap& map, int column, int row, in
                      static_cast<uint16_t>(1u << on_host::rank));
 }
 
-inline void store_box(const TensorMap& map, int column, int row, int part, const void* shared) {
+template <typename Element, typename Combine>
+void take_box(const TensorMap& map, int column, int row, int part, const void* shared,
+              const Combine& combine) {
   char* const memory = on_host::block->shared;
   const uint32_t at = shared_address(shared);
   on_host::fiber().open.push_back([=, &map] {
-    visit_box(map, column, row, part, memory, at, [](const uint16_t* to, uint16_t* from) {
-      if (to != nullptr) *const_cast<uint16_t*>(to) = *from;
-    });
+    visit_box<Element>(map, column, row, part, memory, at,
+                       [&](const Element* to, const Element* from) {
+                         if (to != nullptr) *const_cast<Element*>(to) = combine(*to, *from);
+                       });
   });
+}
+inline void store_box(const TensorMap& map, int column, int row, int part, const void* shared) {
+  const auto replace = [](auto, auto from) { return from; };
+  if (map.size == 4) {
+    take_box<float>(map, column, row, part, shared, replace);
+  } else {
+    take_box<uint16_t>(map, column, row, part, shared, replace);
+  }
+}
+inline void add_box(const TensorMap& map, int column, int row, int part, const void* shared) {
+  take_box<float>(map, column, row, part, shared, std::plus<float>());
 }
 inline void store_commit() { on_host::commit_group(); }
 inline void store_wait_read() { on_host::wait_groups(0); }
