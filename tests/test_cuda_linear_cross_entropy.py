@@ -1,4 +1,4 @@
-"""linear_cross_entropy on a device, by the CUDA C++ and the Triton kernels: pytest -m gpu."""
+"""linear_cross_entropy on a device, by each product of the CUDA C++ and by Triton: -m gpu."""
 
 import math
 
@@ -12,10 +12,11 @@ from fastnn.linear_cross_entropy import linear_cross_entropy
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# rows, features, classes: ragged, aligned, prime, a block and a cluster per row, nothing
+# rows, features, classes: ragged, aligned, prime, a block and a cluster per row, ragged tiles that
+# Hopper's product serves, nothing
 SHAPES = [
-    (33, 24, 301), (256, 128, 4096), (65, 64, 5003), (130, 72, 33000), (1, 8, 2), (0, 8, 9),
-    (5, 0, 7),
+    (33, 24, 301), (256, 128, 4096), (65, 64, 5003), (130, 72, 33000), (330, 200, 776), (1, 8, 2),
+    (0, 8, 9), (5, 0, 7),
 ]  # fmt: skip
 OPTIONS = {
     "plain": {},
@@ -27,15 +28,24 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True, params=["native", "triton"])
-def serving(request):
+@pytest.fixture(autouse=True, params=["native-sm90", "native-portable", "native-cublas", "triton"])
+def serving(request, monkeypatch):
+    """The backend, and of native the product asked for; where that cannot serve, the table's."""
     torch.manual_seed(0)
+    name, _, path = request.param.partition("-")
     for dtype in DTYPES if torch.cuda.is_available() else ():
-        reason = backend.refusal(request.param, "linear_cross_entropy", DEVICE, dtype)
+        reason = backend.refusal(name, "linear_cross_entropy", DEVICE, dtype)
         if reason is not None:
             pytest.skip(reason)
-    with backend.use_backend(request.param):
+    if path == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper device")
+    monkeypatch.setenv("FASTNN_LINEAR_CROSS_ENTROPY", path)
+    with backend.use_backend(name):
         yield request.param
+
+
+# Hopper's product needs rows of classes that are multiples of 16 bytes.
+both_vocabularies = pytest.mark.parametrize("classes", [1009, 1016])
 
 
 def make(shape, dtype, option="plain", soft=False, ignored=1 / 3, device=DEVICE):
@@ -82,6 +92,13 @@ def check(tensors, target, workspace_bytes=None, **options):
     names = ("loss", "grad_input", "grad_linear_weight", "grad_linear_bias")
     for what, *results in zip(names, ours, torchs, oracle, strict=False):
         assert_close_to_oracle(*results, what=what)
+    # Without gradients the logits need not be stored.
+    with torch.no_grad():
+        bias = tensors[2] if len(tensors) > 2 else None
+        evaluated = linear_cross_entropy(
+            *tensors[:2], target, linear_bias=bias, workspace_bytes=workspace_bytes, **options
+        )
+    assert_close_to_oracle(evaluated, torchs[0], oracle[0], what="loss without gradients")
 
 
 def assert_near(ours, other):
@@ -140,8 +157,9 @@ def test_no_gradient_and_lse():
     assert not lse[~counted].any()
 
 
-def test_ignored_rows_are_never_read():
-    tensors, target, options = make((300, 64, 1009), torch.bfloat16, "all")
+@both_vocabularies
+def test_ignored_rows_are_never_read(classes):
+    tensors, target, options = make((300, 64, classes), torch.bfloat16, "all")
     clean = evaluate(linear_cross_entropy, tensors, target, **options)
     poisoned = tensors[0].clone()
     poisoned[target == -100] = math.nan
@@ -172,8 +190,9 @@ def test_label_out_of_range_is_nan():
     assert linear_cross_entropy(x, w, target).isnan()
 
 
-def test_same_bits_again():
-    tensors, target, options = make((500, 256, 5003), torch.bfloat16, "all")
+@pytest.mark.parametrize("classes", [5003, 5000])
+def test_same_bits_again(classes):
+    tensors, target, options = make((500, 256, classes), torch.bfloat16, "all")
     for workspace in (None, 128 * 5008 * 2):
         runs = [
             evaluate(linear_cross_entropy, tensors, target, workspace_bytes=workspace, **options)
@@ -181,6 +200,14 @@ def test_same_bits_again():
         ]
         for run in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+        with torch.no_grad():
+            losses = {
+                linear_cross_entropy(
+                    *tensors[:2], target, workspace_bytes=workspace, **options
+                ).item()
+                for _ in range(3)
+            }
+        assert len(losses) == 1
 
 
 def test_float32_accumulation_over_chunks():
@@ -210,7 +237,9 @@ def test_backward_twice(upstream):
 def training_step(tensors, target, options):
     leaves = [t.detach().requires_grad_() for t in tensors]
     loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], **options)
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], **options)
+    return loss.detach(), evaluated, *torch.autograd.grad(loss, leaves)
 
 
 @pytest.fixture
@@ -226,18 +255,20 @@ def no_waiting():
     torch.cuda.set_sync_debug_mode(mode)
 
 
+@both_vocabularies
 @pytest.mark.parametrize("option", OPTIONS)
-def test_no_synchronization(no_waiting, option):
-    tensors, target, options = make((300, 64, 1009), torch.bfloat16, option)
+def test_no_synchronization(no_waiting, option, classes):
+    tensors, target, options = make((300, 64, classes), torch.bfloat16, option)
     training_step(tensors, target, options)  # compiles, tunes and creates handles
     no_waiting()
     for workspace in (None, 64 * 1016 * 2):
         training_step(tensors, target, {**options, "workspace_bytes": workspace})
 
 
+@both_vocabularies
 @pytest.mark.parametrize("workspace", [None, 64 * 1016 * 2])
-def test_graph_capture(workspace):
-    tensors, target, options = make((300, 64, 1009), torch.bfloat16, "all")
+def test_graph_capture(workspace, classes):
+    tensors, target, options = make((300, 64, classes), torch.bfloat16, "all")
     options["workspace_bytes"] = workspace
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -254,9 +285,10 @@ def test_graph_capture(workspace):
         assert torch.equal(replayed, eager)
 
 
-def test_runs_on_the_current_stream():
+@both_vocabularies
+def test_runs_on_the_current_stream(classes):
     """Behind a sleep on a side stream: a launch on the default stream would read the old input."""
-    tensors, target, options = make((300, 64, 1009), torch.bfloat16, "all")
+    tensors, target, options = make((300, 64, classes), torch.bfloat16, "all")
     fresh = torch.randn_like(tensors[0])
     wanted = training_step((fresh, *tensors[1:]), target, options)
     stream = torch.cuda.Stream()
@@ -270,8 +302,9 @@ def test_runs_on_the_current_stream():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_another_device():
-    tensors, target, options = make((300, 64, 1009), torch.bfloat16, "all", device="cuda:1")
+@both_vocabularies
+def test_another_device(classes):
+    tensors, target, options = make((300, 64, classes), torch.bfloat16, "all", device="cuda:1")
     with torch.cuda.device(0):
         check(tensors, target, **options)
 
@@ -291,6 +324,40 @@ def test_logits_past_two_to_the_31():
     chunked = evaluate(linear_cross_entropy, (x, w), target, workspace_bytes=1 << 30)
     for a, b in zip((loss, grad_x, grad_w), chunked, strict=True):
         assert_near(a, b)
+
+
+@pytest.mark.parametrize("option", ["plain", "smoothing"])
+def test_memory_without_gradients(serving, option):
+    """No logits: a chunk of the input, and a few bytes per row and tile of classes."""
+    if serving in ("native-cublas", "triton"):
+        pytest.skip("stores a chunk of logits")
+    tensors, target, options = make((8192, 4096, 128256), torch.bfloat16, option)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+            linear_cross_entropy(*tensors[:2], target, **options)
+            peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    assert peak <= 16e6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_rows_are_kept_of_a_chunk(reduction):
+    """Chunks of ignored rows, and one whose last tile is partly there."""
+    tensors, target, options = make((1200, 64, 776), torch.bfloat16, "all", ignored=0.0)
+    target[torch.randperm(1200, device=DEVICE)[:901]] = -100
+    for rows in (256, 64):
+        check(tensors, target, workspace_bytes=rows * 776 * 2, reduction=reduction, **options)
+
+
+def test_a_product_of_another_name_is_an_error(serving, monkeypatch):
+    if serving == "triton":
+        pytest.skip("only native has a choice")
+    monkeypatch.setenv("FASTNN_LINEAR_CROSS_ENTROPY", "fastest")
+    (x, w, _), target, _ = make((8, 16, 24), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="must be sm90, portable or cublas"):
+        linear_cross_entropy(x, w, target)
 
 
 def test_peak_memory(serving):

@@ -59,6 +59,7 @@ int64_t rows_per_chunk(int64_t rows, int64_t row, int64_t sum_bytes, int64_t wor
     if (rows <= most + sum_bytes / row) most = rows;
   }
   most = std::max<int64_t>(1, std::min(most, rows));
+  if (most < rows && most >= kTileRows) most -= most % kTileRows;
   const int64_t chunks = (rows + most - 1) / most;
   const int64_t even = chunks == 0 ? 0 : (rows + chunks - 1) / chunks;
   return std::min(most, (even + kTileRows - 1) / kTileRows * kTileRows);
