@@ -8,14 +8,17 @@ is noted in its place, the JSON is rewritten after every case, and no case is be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import importlib.util
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +48,7 @@ def _losses():
             yield common.cross_entropy(rows, classes, "bf16", backward)
         for rows in (2048, 4096, 8192):
             yield common.linear_cross_entropy(rows, 4096, 128256, "bf16", backward)
-    yield _half_ignored(common.linear_cross_entropy(8192, 4096, 128256, "bf16", BOTH))
+        yield _half_ignored(common.linear_cross_entropy(8192, 4096, 128256, "bf16", backward))
     yield common.cross_entropy(8192, 131072, "fp32", BOTH)
     yield common.cross_entropy(16, 131072, "bf16", BOTH)
 
@@ -93,6 +96,21 @@ class Peer(common.Provider):
             return f"serves {', '.join(self.families)}"
         missing = importlib.util.find_spec(self.package) is None
         return f"{self.package} is not installed" if missing else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Product(common.Provider):
+    """fastnn native with one of its own choices of a product forced on linear cross-entropy."""
+
+    def refusal(self, case: Case, device: torch.device) -> str | None:
+        if case.family != "linear_cross_entropy":
+            return "linear_act's products are measured by benchmarks.linear_act_paths"
+        return super().refusal(case, device)
+
+    @contextlib.contextmanager
+    def context(self):
+        with super().context(), mock.patch.dict(os.environ, FASTNN_LINEAR_CROSS_ENTROPY=self.name):
+            yield
 
 
 def _bound(case: Case) -> Callable:
@@ -166,6 +184,8 @@ _LOSSES = ("cross_entropy", "linear_cross_entropy")
 _GEMMS = ("linear_act", "linear_cross_entropy")
 PROVIDERS = (
     Peer("bound", "cuBLAS or copy", _bound, families=("cross_entropy", *_GEMMS), whole=True),
+    *(Product(name, f"fastnn native by {name}", common.PROVIDERS["native"].build, "native")
+      for name in ("sm90", "portable", "cublas")),
     Peer("liger", "Liger", _liger, families=_LOSSES, package="liger_kernel"),
     Peer("quack", "quack", _quack, families=_LOSSES, package="quack"),
     Peer("flash", "SDPA flash", _sdpa("FLASH_ATTENTION"), families=("attention",)),

@@ -328,5 +328,9 @@ def test_gpu_table():
     ignoring = next(case for case in gpu_cases.CASES if case.options.get("ignored"))
     small = dataclasses.replace(ignoring, sizes={"N": 8, "D": 4, "V": 9})
     assert (gpu_cases._inputs(small, cpu)["target"] == -100).sum() == 4
+    product = next(p for p in gpu_cases.PROVIDERS if p.name == "portable")
+    with product.context():
+        assert os.environ["FASTNN_LINEAR_CROSS_ENTROPY"] == "portable"
+    assert "FASTNN_LINEAR_CROSS_ENTROPY" not in os.environ
     row = {"label": "x", "providers": {"native": {"failed": "RuntimeError: no"}}}
     assert "no" in gpu_cases.line(row)

@@ -156,17 +156,17 @@ def test_graph_capture(reduction):
 
 def test_no_synchronization():
     logits, target, weight = inputs((33, 5000), torch.bfloat16, weighted=True)
+    probabilities = inputs((33, 5000), torch.bfloat16, prob=True)[1]
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for name in OPTIONS:
-            if not OPTIONS[name].get("prob"):
-                options = {
-                    k: v for k, v in OPTIONS[name].items() if k not in ("weighted", "with_lse")
-                }
-                loss, lse, total = forward(logits, target, weight, options)
-                saved = (logits, target, weight, lse, total)
-                backward(saved, torch.ones_like(loss), None, options, (True, False))
+        for options in OPTIONS.values():
+            prob = options.get("prob", False)
+            call = {k: v for k, v in options.items() if k not in ("weighted", "with_lse", "prob")}
+            against = probabilities if prob else target
+            loss, lse, total = forward(logits, against, weight, call)
+            saved = (logits, against, weight, lse, total)
+            backward(saved, torch.ones_like(loss), None, call, (True, prob))
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 

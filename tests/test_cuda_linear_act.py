@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, assert_close_to_oracle
+from philox_oracle import dropout_mask
 from test_cuda_build import find_nvcc
 from test_linear_act import DTYPES, double, make, results
 
 from fastnn import _ops, backend, reference
-from fastnn.linear_act import dropout_seed, linear_act
+from fastnn.linear_act import dropout, dropout_seed, linear_act
 from fastnn.reference import ACTIVATIONS
 
 pytestmark = pytest.mark.gpu
@@ -149,6 +150,87 @@ def test_dropout_in_the_epilogue_has_the_same_bits(path):
     assert torch.equal(out, _ops.NATIVE.dropout(torch.ones_like(out), seed, 0.5))
 
 
+def dropped(x):
+    x = x.detach().requires_grad_()
+    out = dropout(x, 0.3)
+    return out.detach(), *torch.autograd.grad(out, x, torch.ones_like(out))
+
+
+def assert_dropped(x, out, grad):
+    """One mask for both, close to the rate, and survivors scaled."""
+    assert torch.equal(out == 0, (grad == 0) | (x == 0))
+    torch.testing.assert_close(out, x * grad, rtol=1e-2, atol=0)
+    assert abs((grad == 0).double().mean() - 0.3) < 5 * (0.21 / x.numel()) ** 0.5
+    assert set(grad.unique().tolist()) <= {0.0, grad.max().item()}
+    assert abs(grad.max().item() * 0.7 - 1) < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout(dtype):
+    for shape in ((3000, 264), (777, 131), (1 << 20,)):
+        x = torch.randn(shape, device=DEVICE).to(dtype)
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            runs.append(dropped(x))
+        assert_dropped(x, *runs[0])
+        assert all(torch.equal(first, again) for first, again in zip(*runs, strict=True))
+
+
+def test_dropout_under_graphs_and_streams_without_synchronization():
+    x = torch.randn(512, 256, device=DEVICE)
+    mode = torch.cuda.get_sync_debug_mode()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        dropped(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = dropped(x)
+    masks = []
+    for _ in range(2):
+        fresh = torch.randn_like(x)
+        x.copy_(fresh)
+        graph.replay()
+        assert_dropped(x, *captured)
+        masks.append(captured[1].clone())
+    assert not torch.equal(*masks), "a replay draws again"
+    fresh = torch.randn_like(x)
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            x.copy_(fresh)
+            got = dropped(x)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    side.synchronize()
+    assert_dropped(fresh, *got)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_dropout_on_the_second_device():
+    x = torch.randn(512, 256, device="cuda:1")
+    with torch.cuda.device(0):
+        assert_dropped(x, *dropped(x))
+
+
+@pytest.mark.slow
+def test_dropout_of_more_elements_than_32_bits_count():
+    rows, columns = 2**31 // 32768 + 3, 32768
+    if torch.cuda.mem_get_info()[0] < 3 * rows * columns * 2:
+        pytest.skip("needs 13 GB of device memory")
+    ones = torch.ones(rows, columns, device=DEVICE, dtype=torch.bfloat16)
+    seed = torch.tensor([7, -9], device=DEVICE)
+    out = _ops.NATIVE.dropout(ones, seed, 0.25)
+    for row in (0, rows // 2, rows - 1):
+        mask = torch.from_numpy(dropout_mask(seed.tolist(), [row], columns, 0.25))
+        assert torch.equal(out[row : row + 1].cpu(), mask.bfloat16())
+
+
 def step(x, w, b):
     out = linear_act(x, w, b, "gelu")
     return (out.detach(), *torch.autograd.grad(out, (x, w, b), torch.ones_like(out)))
@@ -206,15 +288,28 @@ def test_second_device(path):
 
 def test_more_elements_than_32_bits_count(path):
     m, k, n = 70_000, 64, 32_768
-    if torch.cuda.mem_get_info()[0] < 3 * m * n * 2:
-        pytest.skip("needs 14 GB of device memory")
+    if torch.cuda.mem_get_info()[0] < 5 * m * n * 2:
+        pytest.skip("needs 23 GB of device memory")
     x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
     w = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16)
+    x, w = x.requires_grad_(), w.requires_grad_()
     out = linear_act(x, w, None, "relu")
-    for row in (0, m // 2, m - 1):
-        exact = torch.relu(x[row : row + 1].double() @ w.double().t())
-        torchs = torch.relu(x[row : row + 1] @ w.t())
-        assert_close_to_oracle(out[row : row + 1], torchs, exact, what=f"row {row}")
+    grad_out = torch.zeros_like(out)
+    rows = [0, m // 2, m - 1]
+    grad_out[rows] = torch.randn(3, n, device=DEVICE, dtype=torch.bfloat16)
+    grad_x, grad_w = torch.autograd.grad(out, (x, w), grad_out)
+    assert not grad_x[1 : m // 2].any() and not grad_x[m // 2 + 1 : -1].any()
+
+    def wanted(dtype):
+        few, weight = (t.detach().to(dtype).requires_grad_() for t in (x[rows], w))
+        result = torch.relu(few @ weight.t())
+        upstream = grad_out[rows].to(dtype)
+        return result.detach(), *torch.autograd.grad(result, (few, weight), upstream)
+
+    ours = out.detach()[rows], grad_x[rows], grad_w
+    torchs, exact = wanted(torch.bfloat16), wanted(torch.float64)
+    for what, *three in zip(("out", "grad_x", "grad_w"), ours, torchs, exact, strict=True):
+        assert_close_to_oracle(*three, what=what)
 
 
 def test_unwanted_gradients_are_empty():
