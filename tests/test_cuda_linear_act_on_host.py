@@ -344,11 +344,12 @@ def test_the_table_of_paths(kernels):
     """Hopper's kernel only on Hopper and where it serves; cuBLAS where nothing else fits."""
     sm90, portable, cublas = 0, 1, 2
 
-    def chosen(m, n, k, dtype=torch.bfloat16, stride=None, capability=90):
+    def chosen(m, n, k, dtype=torch.bfloat16, stride=None, capability=90, counted=False):
         stride = k if stride is None else stride
         operand = Matrix(1 << 20, stride)
         epilogue = Epilogue(out=1 << 20, out_stride=n, width=n)
         problem = Problem(operand, operand, NT, DTYPES[dtype], m, n, k, False, epilogue)
+        problem.rows.total = 1 << 20 if counted else None
         return kernels.choose_path(ctypes.byref(problem), capability)
 
     assert chosen(4096, 4096, 4096) == sm90
@@ -359,6 +360,10 @@ def test_the_table_of_paths(kernels):
     assert chosen(4096, 4099, 4096) == cublas
     assert chosen(64, 64, 64) == portable
     assert chosen(0, 64, 64) == cublas
+    # Where only the device counts the rows, cuBLAS is what leaves none out.
+    assert chosen(4096, 32000, 4096, counted=True) == chosen(128, 512, 64, counted=True) == sm90
+    assert chosen(64, 64, 64, counted=True) == chosen(4096, 50257, 768, counted=True) == cublas
+    assert chosen(4096, 32000, 4096, counted=True, capability=80) == cublas
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (3, 5), (8, 2), (17, 7), (40, 1)], ids=str)

@@ -40,3 +40,54 @@ def test_compiles_for(capability):
     seen = {row["kernel"].rpartition(".")[2] for row in rows}
     missing = launchable_kernels() - seen
     assert not missing, f"no aot() covers {sorted(missing)}"
+
+
+def test_stored_configurations():
+    """Large products get the largest tile, short ones no padding; rows get as much as they have."""
+    from tritonops import cross_entropy, linear_act
+
+    def tile(m, n, splits=1, gated=False, light=True):
+        fitting = linear_act.GEMM_CONFIGS if light else linear_act.GEMM_CONFIGS[1:]
+        config = linear_act.stored_config(fitting, m, n, splits, gated, 132)
+        return config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
+
+    assert tile(8192, 4096) == tile(4096, 4096) == (128, 256)
+    assert tile(8192, 4096, light=False) == (128, 128)
+    assert tile(2048, 2048) == (128, 128) and tile(2048, 1024, gated=True) == (128, 128)
+    assert tile(16, 14336)[0] == tile(1, 64)[0] == 16
+    assert tile(512, 512, splits=16) == (128, 128)
+
+    def row(classes, class_stride=1, inner=1, options=False):
+        arguments = {"classes": classes, "class_stride": class_stride, "inner": inner}
+        allowed = cross_entropy._prune(
+            cross_entropy.ROW_CONFIGS, arguments, SMOOTHING=options, SOFTCAP=options
+        )
+        config = cross_entropy.stored_config(allowed, arguments)
+        return config.kwargs["BLOCK_R"], config.kwargs["BLOCK_V"]
+
+    assert row(131072) == row(4096) == row(131072, options=True) == (1, 4096)
+    assert row(1000) == (1, 2048) and row(300) == (4, 512) and row(20) == (64, 32)
+    assert row(21, class_stride=65, inner=65) == (64, 32)
+
+
+def test_a_stored_launch():
+    """The choice sees positional and named arguments; what it chooses joins the launch."""
+    import triton
+
+    from tritonops.launch import Stored
+
+    class Kernel:
+        arg_names = ["x_ptr", "n", "FLAG", "BLOCK"]
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **named: (grid, arguments, named)
+
+    configs = [triton.Config({"BLOCK": size}, num_warps=2, num_stages=1) for size in (16, 32)]
+    kernel = Stored(
+        Kernel(), configs, lambda configs, a, FLAG: configs if FLAG else configs[:1],
+        lambda configs, a: configs[-1] if a["n"] > 20 else configs[0],
+    )  # fmt: skip
+    for n, flag, block in ((30, True, 32), (30, False, 16), (10, True, 16)):
+        grid, arguments, named = kernel[(5,)]("x", n, FLAG=flag)
+        assert grid == (5,) and arguments == ("x", n) and named["FLAG"] is flag
+        assert named["BLOCK"] == block and named["num_warps"] == 2

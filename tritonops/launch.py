@@ -18,12 +18,52 @@ def configurations(on_gpu, interpreted):
     return [interpreted] if INTERPRETED else on_gpu
 
 
+class Stored:
+    """A kernel that is launched with the configuration its module has stored for such a call."""
+
+    def __init__(self, kernel, configs, allowed, choose):
+        self.fn, self.configs = kernel, configs
+        self._allowed, self._choose = allowed, choose
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **named):
+            every = {**dict(zip(self.fn.arg_names, arguments, strict=False)), **named}
+            config = self._choose(self._allowed(self.configs, every, **named), every)
+            return self.fn[grid](*arguments, **named, **config.all_kwargs())
+
+        return launch
+
+
+def stored_or_tuned(configs, interpreted, key, allowed, choose):
+    """Decorates a kernel: choose(allowed(configs, arguments), arguments) is its configuration.
+
+    FASTNN_TRITON_TUNE=1 measures the allowed ones instead, at the first call of each `key`.
+    """
+
+    def decorate(kernel):
+        if INTERPRETED or os.environ.get("FASTNN_TRITON_TUNE") == "1":
+            return triton.autotune(
+                configurations(configs, interpreted), key=key,
+                prune_configs_by={"early_config_prune": allowed},
+            )(kernel)  # fmt: skip
+        return Stored(kernel, configs, allowed, choose)
+
+    return decorate
+
+
+def _device_property(name):
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(driver.get_current_device())[name]
+
+
 def shared_limit() -> int:
     """Shared memory in bytes that one block may use on the current device."""
-    if INTERPRETED:
-        return SHARED_SM80
-    driver = triton.runtime.driver.active
-    return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
+    return SHARED_SM80 if INTERPRETED else _device_property("max_shared_mem")
+
+
+def processors() -> int:
+    """Multiprocessors of the current device."""
+    return _device_property("multiprocessor_count")
 
 
 def dot_precision() -> str:

@@ -21,11 +21,12 @@ from tritonops.launch import (
     INTERPRETED,
     SHARED_SM80,
     aot_case,
-    configurations,
     dot,
     dot_precision,
+    processors,
     rounded,
     shared_limit,
+    stored_or_tuned,
 )
 from tritonops.philox import dropout_keep, dropout_rate
 
@@ -90,11 +91,32 @@ def _prune(configs, arguments, VALUE, **_):
     return [config for config in configs if config in allowed]
 
 
-@triton.autotune(
-    configurations(GEMM_CONFIGS + GEMM_CONFIGS_FP32, _GEMM_INTERPRETED),
-    key=["tuned_rows", "N", "K", "GATED"],
-    prune_configs_by={"early_config_prune": _prune},
-)
+def stored_config(configs, m, n, splits, gated, multiprocessors):
+    """The first whose tiles are not mostly padding and occupy the device, or the most tiles.
+
+    Unmeasured: 128 x 256 x 64 with 8 warps is what Triton's products are at their best with on
+    Hopper, and it reads each operand least often; smaller tiles only fill the device.
+    """
+    short = max(16, triton.next_power_of_2(m))
+    useful = [c for c in configs if c.kwargs["BLOCK_M"] <= short] or configs[-1:]
+
+    def tiles(config):
+        cols = config.kwargs["BLOCK_N"] // (2 if gated else 1)
+        return triton.cdiv(m, config.kwargs["BLOCK_M"]) * triton.cdiv(n, cols) * splits
+
+    full = (config for config in useful if tiles(config) >= multiprocessors)
+    return next(full, max(useful, key=tiles))
+
+
+def _stored(configs, a):
+    splits = triton.cdiv(a["K"], max(a["k_per_split"], 1))
+    return stored_config(configs, a["M"], a["N"], max(splits, 1), a["GATED"], processors())
+
+
+@stored_or_tuned(
+    GEMM_CONFIGS + GEMM_CONFIGS_FP32, _GEMM_INTERPRETED, ["tuned_rows", "N", "K", "GATED"],
+    _prune, _stored,
+)  # fmt: skip
 @triton.jit(do_not_specialize=["threshold", "tuned_rows"])
 def linear_act_forward_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, seed_ptr, out_ptr, preact_ptr, M, N, K,

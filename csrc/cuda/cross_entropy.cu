@@ -2,17 +2,13 @@
 // the smoothed probabilities, e = label_smoothing, C classes:
 //   labels:        loss = (1 - e) w_t (lse - x_t) + e/C sum_c w_c (lse - x_c) + z_loss lse^2
 //   probabilities: loss = sum_c u_c (lse - x_c) + z_loss lse^2
-// One pass with the online softmax (Milakov and Gimelshein 2018, algorithm 3).
-// Work: a row per warp (few classes), per block, per cluster of blocks (many classes that are
-// passed
-//   over twice, or few rows), or per lane (classes strided, rows adjacent).
-// Memory: one read of the logits forward; one read and one write backward, and in the launch that
-//   makes loss and gradient at once: between its two passes a row stays in the registers of its
-//   block or cluster (131072 classes of 2 bytes; beyond, the rest is read again from the L2).
-//   16-byte packets where the classes are contiguous and both sides are aligned alike, else single
-//   elements at any stride.
-// Numerics: float throughout; lse enters the loss as log(sum) and max apart, so that a common
-//   offset of the logits costs no accuracy; the backward takes them apart again where lse is large.
+// Work: one pass with the online softmax (Milakov and Gimelshein 2018, algorithm 3), a row per warp
+//   (few classes), block, cluster (many classes passed over twice, or few rows), or lane (strided).
+// Memory: one read of the logits forward; one read and one write backward, also where loss and
+//   gradient are made at once: the row stays in registers (131072 classes of 2 bytes; the rest is
+//   read again from L2). 16-byte packets of contiguous classes, else single elements.
+// Numerics: float; lse enters the loss as log(sum) and max apart, so that an offset common to the
+//   logits costs no accuracy; the backward takes them apart again where lse is large.
 // Limits: at most 2^30 classes and 2^31 - 1 rows. No atomics: same inputs, same bits.
 #include <algorithm>
 

@@ -3,12 +3,11 @@
 // Work: a block of 4 warps makes a tile of 128 x 128 (gated: 64 columns of the gate and the same 64
 //   of the up projection), each warp 64 x 64 of it on mma.sync; tiles in L2-friendly order.
 // Memory: 64 bytes of K of both operands a stage, 4 stages in flight by cp.async (16 bytes a
-//   thread; element by element where rows are not 16-byte aligned). Rows are padded by 16 bytes, so
+//   thread; single elements where rows are not 16-byte aligned). Rows are padded by 16 bytes, so
 //   that ldmatrix and the float loads meet no bank twice. The product passes through shared memory
-//   once more, so that the epilogue has eight neighbouring columns a thread.
+//   once more, for an epilogue of eight neighbouring columns a thread, or a row's statistics.
 // Numerics: float accumulation; float32 operands on FFMA, or rounded to TF32 where that is allowed.
-// Floor: the operations over the tensor cores' rate (FFMA's for float32). Reached: not measured
-// yet.
+// Floor: the operations over the rate of tensor cores (FFMA, for float32). Not measured yet.
 #include "cuda/linear_act.h"
 #include "cuda/linear_act_epilogue.cuh"
 #include "cuda/linear_cross_entropy_epilogue.cuh"

@@ -1,16 +1,13 @@
 // The product with a fused epilogue on Hopper: wgmma from shared memory that the copy engine fills.
 //   out = epilogue(A B^T), half types; A [M, K] and B [N, K] stored along K or across it.
 // Work: clusters of 2 blocks stay resident and take tiles of 256 x 256 in L2-friendly order; a
-// block
-//   has 128 x 256 (gated: 128 columns of the gate and the same 128 of the up projection), B
-//   arriving once for both by multicast. Of three warp groups two multiply, 64 rows each, and leave
-//   P = product + bias, rounded, in shared memory; of the first, one warp fills a ring of 3 stages
-//   of 64 of K, and three store P and do the rest of the epilogue (of logits: their rows'
-//   statistics) while the next tile is multiplied. Sums in float leave in two turns, added by the
-//   copy engine.
+//   block has 128 x 256 (gated: 128 columns of gate and up projection each), B by multicast. Two of
+//   three warp groups multiply, 64 rows each, and leave P = product + bias, rounded, in shared
+//   memory; of the first, one warp fills a ring of 3 stages of 64 of K, and three store P and do
+//   the rest (epilogue, or statistics of logits) while the next tile is multiplied. Float results
+//   leave in two turns, and the copy engine adds them.
 // Memory: 3 x 48 KB stages, 64 KB of P. Ragged M, N, K are the copy engine's bounds.
-// Numerics: float accumulation; activation, dropout and residual of P as rounded, which is what is
-//   saved and what the backward sees.
+// Numerics: float accumulation; what follows is of P as rounded, as the backward sees it.
 // Floor: the operations over the tensor cores' rate. Reached: not measured yet.
 #include "cuda/linear_act.h"
 #include "cuda/linear_act_epilogue.cuh"

@@ -1,10 +1,10 @@
-// The small kernels around the GEMMs of linear cross-entropy: they drop the ignored rows without
-// the host knowing how many there are, make rows' losses of what a product's tiles left of them, and
-// scale finished gradients.
+// The small kernels around the products of linear cross-entropy: they drop the ignored rows without
+// the host knowing how many there are, merge what a product's tiles left of its rows, and scale
+// finished gradients.
 // Work: the compaction is one block's prefix sum over the labels (8192 of them: 8 rounds); rows are
-//   moved by a block each; tiles are merged by a lane per row, every eighth of them by one warp, in
-//   a fixed order; the scaling strides over the tensor with a few blocks a multiprocessor, so that
-//   the usual scale of 1 costs a launch.
+//   moved by a block each; tiles are merged by a lane per row and eight warps, in a fixed order;
+//   the scaling strides over the tensor with a few blocks a multiprocessor, so that the usual scale
+//   of 1 costs a launch.
 #include <algorithm>
 
 #include "cross_entropy_row.cuh"

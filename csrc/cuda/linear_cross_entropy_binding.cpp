@@ -1,19 +1,15 @@
 // Softmax cross-entropy of logits = X W^T + b, X (N, D), W (V, D), without the N x V logits.
-//   Rows go in few large chunks. Per chunk: logits in X's dtype by one GEMM; statistics, loss and
-//   (in place) gradient by one launch of cross_entropy.cu; then dW += dlogits^T X and dX = dlogits
-//   W. So the forward makes the gradients for an upstream gradient of 1 with three GEMMs in all,
-//   and the backward of a scaled loss only scales them; reduction "none" and a used lse recompute.
-//   Rows whose label is ignored are moved to the end on the device, and not read; no call waits for
-//   the device. Our own products (kCountedPaths) ask the device for the number of rows and leave
-//   the others out; cuBLAS, which has it from here, multiplies zeros. Without gradients our own
-//   products do not store the logits: a tile leaves its rows' statistics. Memory: a chunk of logits
-//   and of X, and dW in float where it takes several chunks of a half type. The default is one
-//   chunk wherever its logits need no more than that together. Without stored logits, a chunk of X
-//   and 8 bytes (16 with weighted smoothing) per row and tile. Numerics: logits in X's dtype as
-//   F.linear gives them; everything else, and sums over chunks, in float. The mean's divisor
-//   multiplies inside the GEMMs, read from the device.
-// Floor: three GEMMs; beside them a read and a write of the logits (1.4 ms of 8192 x 128256 at 3.0
-//   TB/s, 4.3 % of the GEMMs at D = 4096). Not measured yet.
+//   Per chunk of rows: logits in X's dtype by one product; statistics, loss and (in place) gradient
+//   by one launch of cross_entropy.cu; then dW += dlogits^T X and dX = dlogits W. So the forward
+//   makes gradients for an upstream gradient of 1, which the backward scales; "none" recomputes.
+//   Without gradients our own products store no logits: a tile leaves its rows' statistics.
+// Ignored rows are moved to the end on the device, and no call waits for it. Our own products ask
+//   it for the number of rows (kCountedPaths); cuBLAS, which has it from here, multiplies zeros.
+// Memory: a chunk of logits and of X, dW in float over several chunks of a half type; one chunk if
+//   its logits need no more. Unstored: a chunk of X, and 8 or 16 bytes per row and tile.
+// Numerics: logits as F.linear gives them, else float; the products apply the mean's divisor.
+// Floor: three GEMMs; reading and writing the logits is 4.3 % of them at 8192 x 128256, D = 4096,
+//   and 3.0 TB/s. Not measured yet.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/cuda/CUDAContextLight.h>
