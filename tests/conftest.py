@@ -3,6 +3,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def assert_close_to_oracle(ours, torchs, oracle, factor=2.0, what="result"):
     allowed = factor * (torchs.double()[finite] - wanted).abs().nan_to_num(0.0).max().item()
     allowed += EPSILON[ours.dtype] * wanted.abs().max().item() + 1e-30
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def memcheck(program):
+    """Runs a Python program under compute-sanitizer: no access out of bounds."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer was not found")
+    run = subprocess.run(
+        [sanitizer, "--error-exitcode", "9", sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 def host_binary(output, *arguments):

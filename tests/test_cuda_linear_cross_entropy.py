@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close_to_oracle
+from conftest import assert_close_to_oracle, memcheck
 
 from fastnn import backend, reference
 from fastnn.linear_cross_entropy import linear_cross_entropy
@@ -349,6 +349,24 @@ def test_no_rows_are_kept_of_a_chunk(reduction):
     target[torch.randperm(1200, device=DEVICE)[:901]] = -100
     for rows in (256, 64):
         check(tensors, target, workspace_bytes=rows * 776 * 2, reduction=reduction, **options)
+
+
+def test_under_the_sanitizer(serving):
+    if serving == "triton":
+        pytest.skip("only native")
+    memcheck("""
+import torch, fastnn
+x, w = (torch.randn(n, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for n in (300, 776))
+target = torch.randint(776, (300,), device="cuda")
+target[::2] = -100
+for workspace in (None, 64 * 776 * 2):
+    options = dict(label_smoothing=0.1, workspace_bytes=workspace)
+    fastnn.linear_cross_entropy(x, w, target, **options).backward()
+    with torch.no_grad():
+        fastnn.linear_cross_entropy(x, w, target, **options)
+torch.cuda.synchronize()
+""")
 
 
 def test_a_product_of_another_name_is_an_error(serving, monkeypatch):

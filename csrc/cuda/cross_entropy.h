@@ -62,7 +62,7 @@ struct CrossEntropyGradient {
   // Written per row if not null: then `lse` is not read, and one launch does the forward as well.
   float* row_loss;
   float* row_lse;
-  RowCount rows;  // in whose steps a row has a gradient, zeros if it is ignored
+  RowCount rows;  // ignored rows beyond its last step are not even given zeros
 };
 
 cudaError_t cross_entropy_backward_cuda(const CrossEntropyProblem& problem,
