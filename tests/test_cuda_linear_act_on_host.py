@@ -326,8 +326,10 @@ def test_sm90_refuses_what_the_copy_engine_cannot_address(kernels):
     x, w = random((8, 16), torch.bfloat16, 1), random((8, 16), torch.bfloat16, 2)
     out = torch.empty(8, 8, dtype=torch.bfloat16)
 
-    def served(a, b, out):
-        epilogue = Epilogue(out=pointer(out), out_stride=out.stride(0), width=out.shape[1])
+    def served(a, b, out, **options):
+        epilogue = Epilogue(
+            out=pointer(out), out_stride=out.stride(0), width=out.shape[1], **options
+        )
         problem = Problem(
             matrix(a), matrix(b), NT, DTYPES[a.dtype], *out.shape, a.shape[1], False, epilogue
         )
@@ -337,7 +339,10 @@ def test_sm90_refuses_what_the_copy_engine_cannot_address(kernels):
     assert not served(x.float(), w.float(), out.float())
     assert not served(x[:, 1:9], w[:, :8], out)
     assert not served(placed(x, "odd"), w, out)
-    assert not served(x, w[:7], out[:, :7])
+    assert not served(x, w[:7], torch.empty(8, 7, dtype=torch.bfloat16))
+    # Columns that 16 bytes do not divide only where rows still begin on them, and nothing follows.
+    assert served(x, w[:7], out[:, :7])
+    assert not served(x, w[:7], out[:, :7], activation=activation_number(kernels, "relu"))
 
 
 def test_the_table_of_paths(kernels):

@@ -44,7 +44,7 @@ def serving(request, monkeypatch):
         yield request.param
 
 
-# Hopper's product needs rows of classes that are multiples of 16 bytes.
+# Classes that 16 bytes do not divide, and that they do.
 both_vocabularies = pytest.mark.parametrize("classes", [1009, 1016])
 
 

@@ -207,7 +207,11 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Problem& p, const Tiles
         const bool up = p.epilogue.gated && within >= kTileN / 2;
         const int64_t at = column + (up ? within - kTileN / 2 : within);
         const T* from = bias + at + (up ? p.epilogue.width : 0);
-        bias_pairs[j] = at < p.epilogue.width ? *reinterpret_cast<const uint32_t*>(from) : 0;
+        if (at + 1 < p.epilogue.width) {
+          bias_pairs[j] = *reinterpret_cast<const uint32_t*>(from);
+        } else {
+          bias_pairs[j] = at < p.epilogue.width ? *reinterpret_cast<const uint16_t*>(from) : 0;
+        }
       }
     }
 
@@ -436,6 +440,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// Whether P itself is not the output.
+bool something_follows(const Epilogue& e) {
+  return e.gated || e.activation != activation_id<Identity>() || e.seed != nullptr ||
+         e.residual != nullptr || e.preact != nullptr;
+}
+
 bool aligned(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
 }
@@ -450,8 +460,7 @@ cudaError_t launch(const GemmProblem& p, int multiprocessors, cudaStream_t strea
   problem.rows = p.rows;
   problem.m = static_cast<int>(p.m);
   problem.k = static_cast<int>(p.k);
-  problem.finish = e.gated || e.activation != activation_id<Identity>() || e.seed != nullptr ||
-                   e.residual != nullptr || e.preact != nullptr;
+  problem.finish = something_follows(e);
   problem.store_product = kOutput == Output::kFloat ||
                           (kOutput == Output::kHalf && (!problem.finish || e.preact != nullptr));
   const auto map = [&](const Matrix& matrix, int64_t columns, int64_t rows, int64_t parts,
@@ -524,7 +533,7 @@ bool gemm_sm90_serves(const GemmProblem& p) {
                    (p.layout == GemmLayout::kTN && (e.residual == nullptr || e.residual == e.out));
   // The copy engine's rows are multiples of 16 bytes.
   return half && sizes && out && sm90::aligned(p.a.data, p.a.stride) &&
-         sm90::aligned(p.b.data, p.b.stride) && e.width % 8 == 0 &&
+         sm90::aligned(p.b.data, p.b.stride) && (e.width % 8 == 0 || !sm90::something_follows(e)) &&
          sm90::aligned(e.out, e.out_stride) && sm90::aligned(e.preact, 0) &&
          sm90::aligned(e.bias, 0);
 }

@@ -46,7 +46,7 @@ constexpr int64_t kDefaultWorkspace = int64_t{1} << 30;
 constexpr int64_t kDefaultStatistics = int64_t{15} << 20;  // the workspace of logits not stored
 constexpr int64_t kTileRows = 256;                         // of a GEMM
 
-// Rows of a chunk. `row` is a row's bytes of logits, `sum_bytes` what dW takes in float if there
+// Rows of a chunk. `row` is what a row takes in bytes, `sum_bytes` what dW takes in float if there
 // are several chunks.
 int64_t rows_per_chunk(int64_t rows, int64_t row, int64_t sum_bytes, int64_t workspace_bytes) {
   int64_t most = std::max<int64_t>(1, workspace_bytes / row);
@@ -252,8 +252,8 @@ struct Call : LossArguments {
     const bool weighted = problem.label_smoothing > 0.f;
     const int64_t tiles =
         path == GemmPath::kSm90 ? gemm_sm90_tiles(classes) : gemm_portable_tiles(classes);
-    const int64_t sums = tiles * (weighted ? 4 : 2), row_bytes = features * x.element_size();
-    const int64_t step = rows_per_chunk(rows, row_bytes + sums * int64_t{sizeof(float)}, 0,
+    const int64_t sums = tiles * (weighted ? 4 : 2), moved_bytes = features * x.element_size();
+    const int64_t step = rows_per_chunk(rows, moved_bytes + sums * int64_t{sizeof(float)}, 0,
                                         workspace_bytes < 0 ? kDefaultStatistics : workspace_bytes);
     const auto floats = x.options().dtype(at::kFloat);
     const Tensor moved = at::empty({step, features}, x.options());
