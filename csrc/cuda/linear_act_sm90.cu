@@ -478,8 +478,9 @@ cudaError_t launch(const GemmProblem& p, int multiprocessors, cudaStream_t strea
   if (problem.store_product) {
     const bool preact = e.preact != nullptr;
     const int64_t stride = preact ? parts * e.width : e.out_stride;
+    const int64_t part_stride = parts == 1 ? stride : e.width;
     error = make_tensor_map(
-        {preact ? e.preact : e.out, e.width, p.m, parts, stride, e.width, kHalfM},
+        {preact ? e.preact : e.out, e.width, p.m, parts, stride, part_stride, kHalfM},
         kOutput == Output::kFloat ? Storage::kFloat32 : p.storage, &problem.product);
     if (error != cudaSuccess) return error;
   }
