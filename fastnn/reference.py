@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastnn._ops import accumulate_dtype
 
+# Torch's own, also while `integrations.torch_sdpa` routes calls of that name here.
+_torch_attention = F.scaled_dot_product_attention
+
 
 class Activation(NamedTuple):
     value: Callable[[Tensor], Tensor]
@@ -180,7 +183,7 @@ def scaled_dot_product_attention(
     plain = window is None and not softcap and alibi_slopes is None and sinks is None
     square = query.shape[-2] == key.shape[-2] or not is_causal or not bottom_right
     if plain and square and not return_lse and keep is None:
-        return F.scaled_dot_product_attention(
+        return _torch_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     left, right = window if window is not None else (-1, -1)
