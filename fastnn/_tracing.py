@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import dis
+import functools
+import gc
 import os
 import sys
 import sysconfig
@@ -24,8 +26,35 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 class _Tracer(fx.Tracer):
+    """Records the code that the traced forward, and nothing before it, runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: set[CodeType] = set()
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
+
+    def create_args_for_root(self, *arguments):
+        forward, args = super().create_args_for_root(*arguments)
+
+        @functools.wraps(forward)
+        def watched(*args):
+            def note(frame, event, argument):
+                if event == "call" and _is_a_models(frame.f_code):
+                    self.ran.add(frame.f_code)
+
+            before, collects = sys.getprofile(), gc.isenabled()
+            gc.disable()  # its callbacks and finalizers are none of the forward's code
+            sys.setprofile(note)
+            try:
+                return forward(*args)
+            finally:
+                sys.setprofile(before)
+                if collects:
+                    gc.enable()
+
+        return watched, args
 
 
 def _is_a_models(code: CodeType) -> bool:
@@ -54,20 +83,10 @@ def _copy(module: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
 
 def _trace(module: nn.Module) -> tuple[fx.Graph, bool]:
     """The graph of the forward, and whether that is all it can do."""
-    ran: set[CodeType] = set()
-
-    def note(frame, event, argument):
-        if event == "call" and _is_a_models(frame.f_code):
-            ran.add(frame.f_code)
-
-    before = sys.getprofile()
+    tracer = _Tracer()
     with torch.random.fork_rng(devices=[]):
-        sys.setprofile(note)
-        try:
-            graph = _Tracer().trace(module)
-        finally:
-            sys.setprofile(before)
-    return graph, not any(_branches(code) for code in ran)
+        graph = tracer.trace(module)
+    return graph, not any(_branches(code) for code in tracer.ran)
 
 
 def activations_after(

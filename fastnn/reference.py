@@ -181,7 +181,8 @@ def scaled_dot_product_attention(
 ):  # fmt: skip
     bottom_right = causal_alignment == "bottom_right"
     plain = window is None and not softcap and alibi_slopes is None and sinks is None
-    square = query.shape[-2] == key.shape[-2] or not is_causal or not bottom_right
+    # The shapes last: nested tensors have none.
+    square = not is_causal or not bottom_right or query.shape[-2] == key.shape[-2]
     if plain and square and not return_lse and keep is None:
         return _torch_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

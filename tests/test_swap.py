@@ -1,10 +1,12 @@
 import copy
+import gc
 import io
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fastnn.cross_entropy import CrossEntropyLoss
 from fastnn.linear_act import Dropout, LinearAct
@@ -489,6 +491,29 @@ def test_attribute_pairs_that_are_not_certain(kind, reason):
     assert torch.equal(model(x), expected)
 
 
+def test_only_code_of_the_forward_counts():
+    """Neither what the garbage collector calls, nor what torch.fx does before the forward."""
+
+    class Branching:
+        def __getattribute__(self, name):  # asked for its __class__ by torch.fx
+            return None if name == "other" else object.__getattribute__(self, name)
+
+    def callback(phase, info):
+        return 1 if phase == "start" else 2
+
+    model = _Block()
+    model.config = Branching()
+    threshold = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        report = swap_(model)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert [row.name for row in report.swapped] == ["fc"]
+
+
 def test_replaced_forwards_are_left_alone():
     for module in ("", "fc", "act"):
         model = _Block()
@@ -499,7 +524,7 @@ def test_replaced_forwards_are_left_alone():
 
 def test_pruned_and_frozen():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
-    nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
     model[2].weight.requires_grad_(False)
     x = torch.randn(3, 4)
     expected = model(x)
@@ -509,7 +534,7 @@ def test_pruned_and_frozen():
     torch.testing.assert_close(model(x), expected)
     model(x).sum().backward()
     assert model[2].weight.grad is None and model[2].bias.grad is not None
-    nn.utils.prune.remove(model[0], "weight")
+    prune.remove(model[0], "weight")
     assert [row.name for row in swap_(model).swapped] == ["0"]
     torch.testing.assert_close(model(x), expected)
 

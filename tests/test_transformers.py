@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_to_oracle
+from conftest import EPSILON
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip(
@@ -110,7 +110,10 @@ def step(model, inputs, loss=None):
 
 def steps(model, inputs, loss=None):
     """`step` of several batches: one alone is one draw of the rounding errors."""
-    each = [step(model, batch, loss) for batch in inputs]
+    return stacked([step(model, batch, loss) for batch in inputs])
+
+
+def stacked(each):
     return {
         name: None if result is None else torch.stack([one[name] for one in each])
         for name, result in each[0].items()
@@ -126,11 +129,25 @@ def oracle_steps(monkeypatch, kind, stock, inputs):
 
 
 def assert_as_good(ours, stock, oracle):
+    """The error of each result, a root mean square over all batches, is at most twice stock's.
+
+    Not the largest error, as for one kernel: through a whole model a few of these small tensors'
+    elements, and with T5 the kinks of its ReLU, decide it, and two runs of the same quality differ
+    by factors. Over 32 batches the root mean squares of stock and of ours differ by up to 1.4.
+    """
     assert list(ours) == list(oracle)
     for name, wanted in oracle.items():
         assert (wanted is None) == (ours[name] is None), name
-        if wanted is not None:
-            assert_close_to_oracle(ours[name], stock[name], wanted, what=name)
+        if wanted is None:
+            continue
+        assert ours[name].shape == wanted.shape and ours[name].dtype == stock[name].dtype, name
+        error, allowed = (rms(result.double() - wanted) for result in (ours[name], stock[name]))
+        allowed = 2 * allowed + EPSILON[ours[name].dtype] * rms(wanted)
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
 
 
 def test_importing_registers_nothing():
@@ -227,14 +244,14 @@ def test_dropout_drops_in_training():
 @pytest.mark.parametrize("padding", [None, "right", "left"])
 @pytest.mark.parametrize("kind", ISSUE)
 def test_swapped_is_as_good_as_stock(kind, padding, dtype, monkeypatch):
-    model, inputs = build(kind, dtype), [batch(kind, padding, seed) for seed in range(4)]
+    model, inputs = build(kind, dtype), [batch(kind, padding, seed) for seed in range(32)]
     oracle = oracle_steps(monkeypatch, kind, model, inputs)
     stock = steps(model, inputs)
     fastnn.swap_(model)
     assert_as_good(steps(model, inputs), stock, oracle)
     with torch.no_grad():
         logits = torch.stack([model.eval()(**one).logits for one in inputs])
-    assert_close_to_oracle(logits, stock["logits"], oracle["logits"], what="logits in evaluation")
+    assert_as_good({"logits": logits}, stock, {"logits": oracle["logits"]})
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -373,7 +390,7 @@ def test_pickles_load_in_another_process(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_loss_without_logits(kind, dtype, monkeypatch):
-    model, inputs = build(kind, dtype), [batch(kind, "right", seed) for seed in range(4)]
+    model, inputs = build(kind, dtype), [batch(kind, "right", seed) for seed in range(32)]
     oracle = oracle_steps(monkeypatch, kind, model, inputs)
     stock = steps(model, inputs)
     report = fastnn.swap_(model, lm_loss=True)
@@ -390,8 +407,7 @@ def test_loss_without_logits(kind, dtype, monkeypatch):
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         ours.append({"loss": loss.detach(), **gradients})
-    ours = {name: torch.stack([one[name] for one in ours]) for name in ours[0]}
-    assert_as_good(ours, stock, oracle)
+    assert_as_good(stacked(ours), stock, oracle)
 
 
 def test_loss_options_and_outputs(monkeypatch):
@@ -402,9 +418,10 @@ def test_loss_options_and_outputs(monkeypatch):
     shifted = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
     for options in (
         {"num_items_in_batch": torch.tensor(7)}, {"num_items_in_batch": 7},
-        {"shift_labels": shifted}, {"ignore_index": 5}, {"output_hidden_states": True},
+        {"shift_labels": shifted}, {"ignore_index": 5, "labels": inputs["labels"].clamp(min=5)},
+        {"output_hidden_states": True},
     ):  # fmt: skip
-        ours, theirs = model(**inputs, **options), stock(**inputs, **options)
+        ours, theirs = model(**{**inputs, **options}), stock(**{**inputs, **options})
         assert ours.logits is None and ours.loss.dtype == theirs.loss.dtype
         torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
         assert (ours.hidden_states is None) == (theirs.hidden_states is None)
