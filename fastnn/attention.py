@@ -22,6 +22,8 @@ LEFT_TO_TORCH = (
 
 
 class AttentionFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         ops, query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, scale, softcap,
@@ -287,8 +289,8 @@ def scaled_dot_product_attention(
         _NAME, query=query, key=key, value=value, attn_mask_or_none=attn_mask,
         alibi_slopes_or_none=alibi_slopes, sinks_or_none=sinks,
     )  # fmt: skip
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = _autograd.autocast_dtype(query)
+    if dtype is not None:
         query, key, value, attn_mask = (
             t.to(dtype)
             if t is not None and t.is_floating_point() and t.dtype != torch.float64
@@ -330,9 +332,7 @@ def scaled_dot_product_attention(
         q, k, v, mask, alibi_slopes, sinks, seed, dropout_p, scale, float(softcap or 0.0),
         bottom_right, left, right,
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, mask, sinks)
-    ):
+    if _autograd.is_recorded(q, k, v, mask, sinks):
         out, lse = _autograd.apply(AttentionFunction, ops, *arguments)
     else:
         out, lse = ops.attention_forward(*arguments)

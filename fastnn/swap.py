@@ -51,9 +51,10 @@ _STOCK = "_fastnn_stock"
 
 
 class _Stock(NamedTuple):
-    """What `unswap_` needs: the class, the attributes that were added, and old values of others."""
+    """What `unswap_` needs: both classes, the attributes that were added, old values of others."""
 
     kind: type
+    ours: type
     added: tuple[str, ...]
     changed: dict[str, Any]
 
@@ -114,7 +115,7 @@ class FusedActivation(nn.Identity):
 def _become(module: nn.Module, kind: type, attributes: dict[str, Any]) -> None:
     added = tuple(name for name in attributes if name not in module.__dict__)
     changed = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
-    module.__dict__[_STOCK] = _Stock(type(module), added, changed)
+    module.__dict__[_STOCK] = _Stock(type(module), kind, added, changed)
     module.__dict__.update(attributes)
     module.__class__ = kind
 
@@ -416,11 +417,22 @@ def unswap_(model: nn.Module) -> SwapReport:
             from fastnn.integrations import transformers as integration
 
             integration.restore_attention(module)
-        module.__class__ = stock.kind
+        module.__class__ = _rebased(type(module), stock)
         for attribute in stock.added:
             del module.__dict__[attribute]
         module.__dict__.update(stock.changed)
     return report
+
+
+def _rebased(kind: type, stock: _Stock) -> type:
+    """The stock class, or with it as base what parametrize or fully_shard since made of ours."""
+    if kind is stock.ours:
+        return stock.kind
+    bases = tuple(stock.kind if base is stock.ours else base for base in kind.__bases__)
+    members = {
+        name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
+    }
+    return type(kind.__name__, bases, members)
 
 
 def _check_module(function: str, model) -> None:

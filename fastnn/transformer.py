@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnn import _check
+from fastnn import _autograd, _check
 from fastnn.attention import scaled_dot_product_attention
 from fastnn.linear_act import Dropout, dropout, linear_act
 
@@ -68,8 +68,7 @@ def add_linear(
     """residual + drop(x weight^T + bias)"""
     if not is_plain(drop, nn.Dropout, Dropout):
         return residual + drop(linear_act(x, weight, bias))
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = _autograd.autocast_dtype(x) or x.dtype
     rate = {"dropout_p": drop.p, "training": drop.training}
     if residual.dtype != dtype:
         # Autocast keeps the residual stream in float32; a fused sum would round it.
