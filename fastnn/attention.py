@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn import _autograd, _check, backend, reference
@@ -84,6 +83,8 @@ def _composite_gradients(ctx, grad_out, grad_lse):
 def _left_to_torch(query, key, value) -> bool:
     """Whether such a call, beyond which nothing is asked for, costs less in torch."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    if query.is_nested or key.is_nested or value.is_nested:
         return False
     shape, key_shape = query.shape, key.shape
     return (
@@ -284,7 +285,7 @@ def scaled_dot_product_attention(
         and causal_alignment == "top_left"
         and _left_to_torch(query, key, value)
     ):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return reference.torch_attention(query, key, value, scale=scale)
     _check.tensor(
         _NAME, query=query, key=key, value=value, attn_mask_or_none=attn_mask,
         alibi_slopes_or_none=alibi_slopes, sinks_or_none=sinks,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastnn._ops import accumulate_dtype
 
 # Torch's own, also while `integrations.torch_sdpa` routes calls of that name here.
-_torch_attention = F.scaled_dot_product_attention
+torch_attention = F.scaled_dot_product_attention
 
 
 class Activation(NamedTuple):
@@ -184,7 +184,7 @@ def scaled_dot_product_attention(
     # The shapes last: nested tensors have none.
     square = not is_causal or not bottom_right or query.shape[-2] == key.shape[-2]
     if plain and square and not return_lse and keep is None:
-        return _torch_attention(
+        return torch_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     left, right = window if window is not None else (-1, -1)

@@ -125,6 +125,14 @@ def test_what_cannot_be_served_goes_to_torch(served):
             assert torch.equal(F.scaled_dot_product_attention(*inputs), expected)
 
 
+def test_what_is_left_to_torch_does_not_come_back(monkeypatch, served):
+    monkeypatch.setattr(attention, "_TORCH_UP_TO", 2**20)
+    inputs = qkv(dtype=torch.float32)
+    with torch_sdpa.routed():
+        assert torch.equal(F.scaled_dot_product_attention(*inputs), STOCK(*inputs))
+    assert len(served) == 1
+
+
 def test_disabled_and_twice_differentiable(served):
     inputs = qkv()
     with torch_sdpa.routed():
