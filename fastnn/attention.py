@@ -97,6 +97,7 @@ def _left_to_torch(query, key, value) -> bool:
         and query.is_cpu and key.is_cpu and value.is_cpu
         and backend.current_backend() == "auto"
         and not torch.compiler.is_compiling()  # the graph would be of these sizes only
+        and not _autograd.transforming()  # torch's kernel has no batching rule
     )  # fmt: skip
 
 
