@@ -16,6 +16,24 @@ def apply(function: type[torch.autograd.Function], *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
+def is_recorded(*tensors) -> bool:
+    """Whether a call has to go through its autograd.Function."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(t is not None and t.requires_grad for t in tensors):
+        return True
+    # Inside of vmap a tensor does not say that what it wraps requires a gradient.
+    return not torch.compiler.is_compiling() and transforming()
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """What autocast casts to on the tensor's device; None outside of it."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def wants_composite() -> bool:
     """Whether a backward is itself differentiated (create_graph=True) and must be a composite."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -18,6 +18,8 @@ from types import SimpleNamespace
 
 import torch
 
+from fastnn import _vmap
+
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -186,6 +188,10 @@ def _register() -> tuple[SimpleNamespace, SimpleNamespace]:
             torch.library.register_fake(f"{ns}::{name}", fake, lib=library)
         ops = getattr(torch.ops, ns)
         handles[ns] = SimpleNamespace(**{name: getattr(ops, name).default for name in OPS})
+        for name, (signature, _) in OPS.items():
+            if "(a!)" not in signature:
+                rule = _vmap.rule(name, getattr(handles[ns], name))
+                torch.library.register_vmap(f"{ns}::{name}", rule, lib=library)
     return handles["fastnn"], handles["fastnn_triton"]
 
 

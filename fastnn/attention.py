@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn import _autograd, _check, backend, reference
@@ -22,6 +21,8 @@ LEFT_TO_TORCH = (
 
 
 class AttentionFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         ops, query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, scale, softcap,
@@ -83,6 +84,8 @@ def _left_to_torch(query, key, value) -> bool:
     """Whether such a call, beyond which nothing is asked for, costs less in torch."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return False
+    if query.is_nested or key.is_nested or value.is_nested:
+        return False
     shape, key_shape = query.shape, key.shape
     return (
         query.dtype == key.dtype == value.dtype == torch.float32
@@ -94,6 +97,7 @@ def _left_to_torch(query, key, value) -> bool:
         and query.is_cpu and key.is_cpu and value.is_cpu
         and backend.current_backend() == "auto"
         and not torch.compiler.is_compiling()  # the graph would be of these sizes only
+        and not _autograd.transforming()  # torch's kernel has no batching rule
     )  # fmt: skip
 
 
@@ -282,23 +286,24 @@ def scaled_dot_product_attention(
         and causal_alignment == "top_left"
         and _left_to_torch(query, key, value)
     ):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return reference.torch_attention(query, key, value, scale=scale)
     _check.tensor(
         _NAME, query=query, key=key, value=value, attn_mask_or_none=attn_mask,
         alibi_slopes_or_none=alibi_slopes, sinks_or_none=sinks,
     )  # fmt: skip
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = _autograd.autocast_dtype(query)
+    if dtype is not None:
         query, key, value, attn_mask = (
             t.to(dtype)
             if t is not None and t.is_floating_point() and t.dtype != torch.float64
             else t
             for t in (query, key, value, attn_mask)
         )
-    _check_arguments(
-        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, causal_alignment, softcap,
-        alibi_slopes, sinks,
-    )  # fmt: skip
+    if not query.is_nested:  # those have no shape to check; torch does it
+        _check_arguments(
+            query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, causal_alignment,
+            softcap, alibi_slopes, sinks,
+        )  # fmt: skip
     left, right = _window(window)
     if is_causal:
         right = 0
@@ -329,9 +334,7 @@ def scaled_dot_product_attention(
         q, k, v, mask, alibi_slopes, sinks, seed, dropout_p, scale, float(softcap or 0.0),
         bottom_right, left, right,
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, mask, sinks)
-    ):
+    if _autograd.is_recorded(q, k, v, mask, sinks):
         out, lse = _autograd.apply(AttentionFunction, ops, *arguments)
     else:
         out, lse = ops.attention_forward(*arguments)

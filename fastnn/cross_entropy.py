@@ -20,9 +20,7 @@ LEFT_TO_TORCH = (
 
 def loss_dtype(input: Tensor) -> torch.dtype:
     """torch's: the input's, but float32 under autocast."""
-    if torch.is_autocast_enabled(input.device.type):
-        return accumulate_dtype(input.dtype)
-    return input.dtype
+    return input.dtype if _autograd.autocast_dtype(input) is None else accumulate_dtype(input.dtype)
 
 
 def check_loss_options(name, weight, classes, reduction, label_smoothing, z_loss, softcap):
@@ -60,6 +58,8 @@ def check_target(name, like_name, like, target, rows_shape, soft_shape):
 
 
 class CrossEntropyFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(ops, input, target, weight, dtype, options):
         loss, lse, total_weight = ops.cross_entropy_forward(input, target, weight, *options)
@@ -209,7 +209,7 @@ def cross_entropy(
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap or 0.0)
     if ops is None:
         return _reference(input, target, weight, options, return_lse)
-    if torch.is_grad_enabled() and (input.requires_grad or (soft and target.requires_grad)):
+    if _autograd.is_recorded(input, target):
         loss, lse, _ = _autograd.apply(
             CrossEntropyFunction, ops, input, target, weight, dtype, options
         )

@@ -20,6 +20,8 @@ def keep_mask(ops, shape, p: float, seed: Tensor, like: Tensor) -> Tensor:
 
 
 class LinearActFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(ops, input, weight, bias, residual, seed, activation, dropout_p):
         act = ACTIVATIONS[activation]
@@ -140,8 +142,8 @@ def linear_act(
         Hendrycks & Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202); Salmon et al.
         2011 for the generator.
     """
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    dtype = _autograd.autocast_dtype(input) if isinstance(input, Tensor) else None
+    if dtype is not None:
         input, weight, bias, residual = (
             t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t
             for t in (input, weight, bias, residual)
@@ -155,9 +157,7 @@ def linear_act(
             input, weight, bias, activation, residual=residual, dropout_p=dropout_p
         )
     seed = dropout_seed(input.device) if dropout_p > 0.0 else None
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, weight, bias, residual)
-    ):
+    if _autograd.is_recorded(input, weight, bias, residual):
         return _autograd.apply(
             LinearActFunction, ops, input, weight, bias, residual, seed, activation, dropout_p
         )[0]
@@ -168,6 +168,8 @@ def linear_act(
 
 
 class DropoutFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(ops, input, seed, p):
         return ops.dropout(input, seed, p)

@@ -10,6 +10,8 @@ from fastnn.cross_entropy import check_loss_options, check_target
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     """Returns (loss, lse, total_weight, *unit gradients).
 
     `unit_mask` says which gradients the forward makes, for an upstream gradient of 1; the first
@@ -166,10 +168,9 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     _check.tensor(name, input=input)
     dtype = input.dtype
-    device_type = input.device.type
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+    autocast = _autograd.autocast_dtype(input)
+    if autocast is not None and dtype != torch.float64:
         # As F.linear casts its arguments, and cross_entropy then its input.
-        autocast = torch.get_autocast_dtype(device_type)
         input, linear_weight, linear_bias = (
             t.to(autocast) if isinstance(t, Tensor) and t.dtype != torch.float64 else t
             for t in (input, linear_weight, linear_bias)
@@ -220,7 +221,7 @@ def linear_cross_entropy(
         # where ctx may be changed by the backward.
         plain = not torch.compiler.is_compiling() and not _autograd.transforming()
         unit_mask = wanted if plain and reduction != "none" and not return_lse else (False,) * 3
-        if any(wanted):
+        if _autograd.is_recorded(input, linear_weight, linear_bias):
             loss, lse, *_ = _autograd.apply(
                 LinearCrossEntropyFunction, ops, input, linear_weight, linear_bias, target, weight,
                 dtype, options, workspace, unit_mask,

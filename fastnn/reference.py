@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastnn._ops import accumulate_dtype
 
+# Torch's own, also while `integrations.torch_sdpa` routes calls of that name here.
+torch_attention = F.scaled_dot_product_attention
+
 
 class Activation(NamedTuple):
     value: Callable[[Tensor], Tensor]
@@ -178,9 +181,10 @@ def scaled_dot_product_attention(
 ):  # fmt: skip
     bottom_right = causal_alignment == "bottom_right"
     plain = window is None and not softcap and alibi_slopes is None and sinks is None
-    square = query.shape[-2] == key.shape[-2] or not is_causal or not bottom_right
+    # The shapes last: nested tensors have none.
+    square = not is_causal or not bottom_right or query.shape[-2] == key.shape[-2]
     if plain and square and not return_lse and keep is None:
-        return F.scaled_dot_product_attention(
+        return torch_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     left, right = window if window is not None else (-1, -1)

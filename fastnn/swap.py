@@ -9,6 +9,7 @@ identity that keeps the stock module), because other places that share the activ
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastnn._tracing import activations_after
 from fastnn.cross_entropy import CrossEntropyLoss
 from fastnn.linear_act import Dropout, LinearAct
 from fastnn.linear_cross_entropy import LinearCrossEntropyLoss
@@ -49,9 +51,10 @@ _STOCK = "_fastnn_stock"
 
 
 class _Stock(NamedTuple):
-    """What `unswap_` needs: the class, the attributes that were added, and old values of others."""
+    """What `unswap_` needs: both classes, the attributes that were added, old values of others."""
 
     kind: type
+    ours: type
     added: tuple[str, ...]
     changed: dict[str, Any]
 
@@ -112,7 +115,7 @@ class FusedActivation(nn.Identity):
 def _become(module: nn.Module, kind: type, attributes: dict[str, Any]) -> None:
     added = tuple(name for name in attributes if name not in module.__dict__)
     changed = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
-    module.__dict__[_STOCK] = _Stock(type(module), added, changed)
+    module.__dict__[_STOCK] = _Stock(type(module), kind, added, changed)
     module.__dict__.update(attributes)
     module.__class__ = kind
 
@@ -125,6 +128,8 @@ def _new_attributes(module: nn.Module, like: nn.Module) -> dict[str, Any]:
 def _common_reason(module: nn.Module, name: str, filter_fn: FilterFn | None) -> str | None:
     if is_hooked(module):
         return "it has hooks"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn refused it"
     return None
@@ -138,42 +143,48 @@ def _changed_class(module: nn.Module, stock: type) -> str | None:
     return f"a subclass of {stock.__name__} may compute something else"
 
 
+class _Pair(NamedTuple):
+    """A Linear, and the activation that its parent applies to it."""
+
+    parent: nn.Module
+    slot: str  # of the activation
+    activation: nn.Module
+    mates: tuple[nn.Module, ...]  # the Linears that the slot serves, this one included
+
+
 class _Swap:
     """One run of `swap_` over a model."""
 
-    def __init__(self, model: nn.Module, filter_fn: FilterFn | None) -> None:
+    def __init__(self, model: nn.Module, filter_fn: FilterFn | None, lm_loss: bool) -> None:
         self.model = model
         self.filter_fn = filter_fn
+        self.lm_loss = lm_loss
         self.report = SwapReport()
+        self.names = {id(module): name for name, module in model.named_modules()}
         self.uses = Counter(
             id(child) for parent in model.modules() for child in parent._modules.values()
         )
-        # id of a Linear -> its nn.Sequential, the next slot, and the module in it
-        self.pairs: dict[int, tuple[nn.Sequential, str, nn.Module]] = {}
-        for parent in model.modules():
-            # A subclass of nn.Sequential may call its children in another order.
-            if type(parent) is nn.Sequential:
-                self._find_pairs(parent)
-
-    def _find_pairs(self, parent: nn.Sequential) -> None:
-        slots = list(parent._modules.items())
-        for (_, module), (slot, follower) in zip(slots, slots[1:], strict=False):
-            if isinstance(module, nn.Linear):
-                self.pairs[id(module)] = (parent, slot, follower)
+        self.pairs: dict[int, _Pair] = {}  # by the id of the Linear
+        self.unpaired: dict[int, str] = {}  # why a Linear has none
 
     def run(self) -> SwapReport:
-        for name, module in list(self.model.named_modules()):
+        modules = list(self.model.named_modules())
+        for name, module in modules:
             stock = next((kind for kind in _BY_CLASS if isinstance(module, kind)), None)
-            if stock is not None and type(module) is not _BY_CLASS[stock]:
-                self._swap_class(name, module, stock)
+            if stock is not None:
+                if type(module) is not _BY_CLASS[stock]:
+                    self._swap_class(name, module, stock)
+            elif _is_from_transformers(module):
+                self._swap_from_transformers(name, module)
         # After the layers, so that what those call themselves is known.
         inside = {id(child) for parent in self.model.modules() for child in _called_by(parent)}
-        for name, module in list(self.model.named_modules()):
+        for parent in self.model.modules():
+            self._find_pairs(parent, inside)
+        for name, module in modules:
             if type(module) is nn.TransformerEncoder:
                 self._keep_padded(name, module)
-            elif isinstance(module, nn.Linear) and type(module) is not LinearAct:
-                if id(module) not in inside:
-                    self._swap_linear(name, module)
+            elif _is_linear(module) and _STOCK not in module.__dict__ and id(module) not in inside:
+                self._swap_linear(name, module)
         order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
         self.report.rows.sort(key=lambda row: order[row.name])
         return self.report
@@ -194,37 +205,97 @@ class _Swap:
         like = _LIKE.get(stock)
         _become(module, kind, _new_attributes(module, like()) if like else {})
 
-    def _swap_linear(self, name: str, module: nn.Linear) -> None:
-        reason = self._linear_reason(name, module)
+    def _swap_from_transformers(self, name: str, module: nn.Module) -> None:
+        from fastnn.integrations import transformers as integration
+
+        if _STOCK in module.__dict__ or _is_linear(module):
+            return
+        plan = integration.plan(module, self.lm_loss)
+        if plan is None:
+            return
+        reason = None
+        if self.filter_fn is not None and not self.filter_fn(module, name):
+            reason = "filter_fn refused it"
+        elif plan.kind is None:
+            reason = plan.reason
         if reason is not None:
             self._row(name, module, None, reason)
             return
-        parent, slot, stock = self.pairs[id(module)]
-        activation = activation_name(stock)
-        self._row(name, module, LinearAct, f"with {type(stock).__name__}")
-        # On the meta device: no memory, and no numbers drawn from the generator.
-        like = LinearAct(1, 1, activation=activation, device="meta")
-        _become(module, LinearAct, _new_attributes(module, like))
-        parent._modules[slot] = FusedActivation(stock)
+        self._row(name, module, plan.kind, plan.reason)
+        _become(module, plan.kind, plan.attributes)
+        if integration.ATTENTION in plan.attributes:
+            integration.use_attention(module)
 
-    def _linear_reason(self, name: str, module: nn.Linear) -> str | None:
-        changed = _changed_class(module, nn.Linear)
+    def _find_pairs(self, parent: nn.Module, inside: set[int]) -> None:
+        children = parent._modules
+        linears = [child for child in children.values() if _is_linear(child)]
+        linears = [child for child in linears if id(child) not in inside]
+        if not linears:
+            return
+        found: dict[str, list[str]] = {}
+        why = "no activation follows it"
+        # A subclass of nn.Sequential may call its children in another order.
+        if type(parent) is nn.Sequential:
+            why = "no activation follows it in an nn.Sequential"
+            slots = list(children)
+            for slot, follower in zip(slots, slots[1:], strict=False):
+                if _is_linear(children[slot]):
+                    found[follower] = [slot]
+        elif any(_is_activation(child) for child in children.values()):
+            known = None
+            if _is_from_transformers(parent):
+                from fastnn.integrations import transformers as integration
+
+                known = integration.known_pair(parent)
+            if known is not None:
+                found = {known[1]: [known[0]]}
+            else:
+                found, why = activations_after(parent, _is_linear, _is_activation)
+        for child in linears:
+            self.unpaired.setdefault(id(child), why)
+        for slot, sources in found.items():
+            mates = tuple(children[source] for source in sources)
+            for mate in mates:
+                self.pairs[id(mate)] = _Pair(parent, slot, children[slot], mates)
+
+    def _swap_linear(self, name: str, module: nn.Module) -> None:
+        reason = self._linear_reason(module)
+        pair = self.pairs.get(id(module))
+        for mate in pair.mates if reason is None else ():
+            if (theirs := self._linear_reason(mate)) is not None:
+                kind = type(pair.activation).__name__
+                reason = f"its {kind} also serves {self.names[id(mate)]}: {theirs}"
+        if reason is not None:
+            self._row(name, module, None, reason)
+            return
+        kind = _act_class(module)
+        self._row(name, module, kind, f"with {type(pair.activation).__name__}")
+        # On the meta device: no memory, and no numbers drawn from the generator.
+        like = LinearAct(1, 1, activation=activation_name(pair.activation), device="meta")
+        attributes = {name: like.__dict__[name] for name in ("activation", "dropout_p")}
+        _become(module, kind, attributes)
+        pair.parent._modules[pair.slot] = FusedActivation(pair.activation)
+
+    def _linear_reason(self, module: nn.Module) -> str | None:
+        if _STOCK in module.__dict__:
+            return None  # it was swapped with its mates
+        changed = _changed_class(module, nn.Linear) if isinstance(module, nn.Linear) else None
         if changed is not None:
             return changed
-        if id(module) not in self.pairs:
-            # Tracing would not settle it: torch.fx follows one side of every Python branch.
-            return "no activation follows it in an nn.Sequential"
+        pair = self.pairs.get(id(module))
+        if pair is None:
+            return self.unpaired.get(id(module), "no activation follows it")
         if self.uses[id(module)] > 1:
             return "it is shared: another use may not want the activation"
-        stock = self.pairs[id(module)][2]
-        kind = type(stock).__name__
-        if activation_name(stock) is None:
-            return f"{kind}({stock.extra_repr()}) follows it, no activation of linear_act"
-        if is_hooked(stock):
+        kind = type(pair.activation).__name__
+        if not _is_activation(pair.activation):
+            shown = f"{kind}({pair.activation.extra_repr()})"
+            return f"{shown} follows it, no activation of linear_act"
+        if is_hooked(pair.activation):
             return f"the {kind} after it has hooks"
         if not module.weight.dtype.is_floating_point:
             return f"{module.weight.dtype} is not served"
-        return _common_reason(module, name, self.filter_fn)
+        return _common_reason(module, self.names[id(module)], self.filter_fn)
 
     def _keep_padded(self, name: str, module: nn.TransformerEncoder) -> None:
         """Stops torch's encoder from handing nested tensors to layers of fastnn."""
@@ -232,6 +303,39 @@ class _Swap:
         if ours and getattr(module, "use_nested_tensor", False) and _STOCK not in module.__dict__:
             self._row(name, module, type(module), "without conversion to nested tensors")
             _become(module, type(module), {"use_nested_tensor": False})
+
+
+def _is_from_transformers(module: nn.Module) -> bool:
+    return "transformers" in sys.modules and any(
+        kind.__module__.startswith("transformers.") for kind in type(module).__mro__
+    )
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _act_class(module: nn.Module) -> type:
+    """The class that adds an activation to a layer that `_is_linear` accepts."""
+    if isinstance(module, nn.Linear):
+        return LinearAct
+    from fastnn.integrations import transformers as integration
+
+    return integration.counterpart(type(module))
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    """Whether it is a Linear that may take an activation over, or one that was changed."""
+    if isinstance(module, nn.Linear):
+        return type(module) is not LinearAct
+    return _name_of(type(module)) == "transformers.pytorch_utils.Conv1D"
+
+
+def _is_activation(module: nn.Module | None) -> bool:
+    return (
+        module is not None and activation_name(module) is not None
+        and "forward" not in module.__dict__
+    )  # fmt: skip
 
 
 def _called_by(parent: nn.Module) -> list[nn.Module]:
@@ -242,34 +346,49 @@ def _called_by(parent: nn.Module) -> list[nn.Module]:
         return [parent.linear1, parent.linear2]
     if isinstance(parent, tuple(_LINEAR_LOSSES)):
         return [parent.linear]
-    return []
+    return [getattr(parent, slot) for slot in getattr(parent, "_fastnn_reads", ())]
 
 
-def swap_(model: nn.Module, *, filter_fn: FilterFn | None = None) -> SwapReport:
+def swap_(
+    model: nn.Module, *, filter_fn: FilterFn | None = None, lm_loss: bool = False
+) -> SwapReport:
     """Turns the modules of `model` that fastnn can serve into fastnn's, in place.
 
-    Swapped are nn.Linear directly followed in an nn.Sequential by ReLU, GELU, SiLU, Sigmoid, Tanh
-    or LeakyReLU(0.01) (one `LinearAct`; the activation's slot becomes an identity),
-    MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, CrossEntropyLoss,
-    LinearCrossEntropyLoss and Dropout. Left alone, with the reason in the report: subclasses,
-    parametrized and hooked modules, shared Linears, dropout in place, Linears whose activation is
-    called from a forward method, and Linears without an activation (torch's own GEMM is all they
-    need). Outputs, gradients and state_dict keys stay those of the stock model, except that dropout
-    draws other masks of the same rate, and that nn.TransformerEncoder no longer writes zeros at
-    padded positions in evaluation (it stops converting to nested tensors).
+    Swapped are nn.Linear with the ReLU, GELU, SiLU, Sigmoid, Tanh or LeakyReLU(0.01) applied to it
+    (one `LinearAct`; the activation's slot becomes an identity), MultiheadAttention,
+    TransformerEncoderLayer, TransformerDecoderLayer, CrossEntropyLoss, LinearCrossEntropyLoss and
+    Dropout. That an activation is applied is known from an nn.Sequential, or proved by tracing the
+    parent's forward with torch.fx, where that has no branches.
+
+    In models of Hugging Face's transformers (5 or later) also: the attention, where it is "sdpa" or
+    "eager" and the model supports "sdpa" (`fastnn.integrations.transformers`; it is set on the
+    model's configuration, which models built from the same object share), linear layers with their
+    activation (those of a gated feed-forward apart: the gate with its activation, then a product),
+    BERT's dropout and residual sums, and the loss of language models with a `loss_function`.
+
+    Left alone, with the reason in the report: subclasses, parametrized and hooked modules (pruned
+    ones are), modules whose forward was replaced, shared Linears, dropout in place, and Linears
+    without an activation (torch's own GEMM is all they need). Outputs, gradients and state_dict
+    keys stay those of the stock model, except that dropout draws other masks of the same rate, and
+    that nn.TransformerEncoder no longer writes zeros at padded positions in evaluation (it stops
+    converting to nested tensors).
 
     Args:
         model: any module; it may itself be one of those above.
         filter_fn: called as `filter_fn(module, name)` before each swap; False leaves that module
             (its sub-modules are asked about on their own).
+        lm_loss: GPT-2, Llama, Mistral, Qwen2 and Qwen3 for causal language modelling, called with
+            labels, make the loss from the last hidden states by `linear_cross_entropy`, which never
+            holds the logits: the output's `logits` are then None. Without labels, with
+            `logits_to_keep`, or for a tuple as output, nothing changes.
     Returns: the report. A second call finds nothing left to swap.
     Raises: TypeError where `model` is not a module.
     Backends: all; `use_backend` and FASTNN_DISABLE choose at each call.
     Reference: the functions behind the modules, `linear_act`, `cross_entropy`,
-        `scaled_dot_product_attention` and `dropout`.
+        `linear_cross_entropy`, `scaled_dot_product_attention` and `dropout`.
     """
     _check_module("swap_", model)
-    return _Swap(model, filter_fn).run()
+    return _Swap(model, filter_fn, lm_loss).run()
 
 
 def unswap_(model: nn.Module) -> SwapReport:
@@ -294,11 +413,26 @@ def unswap_(model: nn.Module) -> SwapReport:
         if stock is None:
             continue
         report.rows.append(SwapRow(name, type(module).__name__, stock.kind.__name__, ""))
-        module.__class__ = stock.kind
+        if _is_from_transformers(module):
+            from fastnn.integrations import transformers as integration
+
+            integration.restore_attention(module)
+        module.__class__ = _rebased(type(module), stock)
         for attribute in stock.added:
             del module.__dict__[attribute]
         module.__dict__.update(stock.changed)
     return report
+
+
+def _rebased(kind: type, stock: _Stock) -> type:
+    """The stock class, or with it as base what parametrize or fully_shard since made of ours."""
+    if kind is stock.ours:
+        return stock.kind
+    bases = tuple(stock.kind if base is stock.ours else base for base in kind.__bases__)
+    members = {
+        name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
+    }
+    return type(kind.__name__, bases, members)
 
 
 def _check_module(function: str, model) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnn import _check
+from fastnn import _autograd, _check
 from fastnn.attention import scaled_dot_product_attention
 from fastnn.linear_act import Dropout, dropout, linear_act
 
@@ -23,6 +23,12 @@ _FUNCTIONS = {
     torch.sigmoid: "sigmoid", F.tanh: "tanh", torch.tanh: "tanh", F.leaky_relu: "leaky_relu",
 }  # fmt: skip
 _MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+# Those of Hugging Face's transformers by name: it is not imported for them.
+_TRANSFORMERS = {
+    "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh", "AccurateGELUActivation": "gelu_tanh",
+    "SiLUActivation": "silu", "ReLUSquaredActivation": "relu2",
+}  # fmt: skip
 
 
 def activation_name(activation: Callable) -> str | None:
@@ -33,6 +39,8 @@ def activation_name(activation: Callable) -> str | None:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     if type(activation) is nn.LeakyReLU:
         return "leaky_relu" if activation.negative_slope == 0.01 else None
+    if type(activation).__module__ == "transformers.activations":
+        return _TRANSFORMERS.get(type(activation).__name__)
     return None if isinstance(activation, nn.Module) else _FUNCTIONS.get(activation)
 
 
@@ -44,24 +52,23 @@ def is_hooked(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def _is_plain(module: nn.Module, *kinds: type) -> bool:
+def is_plain(module: nn.Module, *kinds: type) -> bool:
     return type(module) in kinds and not is_hooked(module)
 
 
 def _dropout(module: nn.Module, x: Tensor) -> Tensor:
-    if _is_plain(module, nn.Dropout, Dropout):
+    if is_plain(module, nn.Dropout, Dropout):
         return dropout(x, module.p, module.training)
     return module(x)
 
 
-def _add_linear(
+def add_linear(
     residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, drop: nn.Module
 ) -> Tensor:
     """residual + drop(x weight^T + bias)"""
-    if not _is_plain(drop, nn.Dropout, Dropout):
+    if not is_plain(drop, nn.Dropout, Dropout):
         return residual + drop(linear_act(x, weight, bias))
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = _autograd.autocast_dtype(x) or x.dtype
     rate = {"dropout_p": drop.p, "training": drop.training}
     if residual.dtype != dtype:
         # Autocast keeps the residual stream in float32; a fused sum would round it.
@@ -74,9 +81,9 @@ def _feed_forward(layer: nn.Module, x: Tensor, residual: Tensor, drop: nn.Module
     name = activation_name(layer.activation)
     if isinstance(layer.activation, nn.Module) and is_hooked(layer.activation):
         name = None
-    if name is not None and _is_plain(layer.linear1, nn.Linear):
+    if name is not None and is_plain(layer.linear1, nn.Linear):
         inner = layer.dropout
-        fused = _is_plain(inner, nn.Dropout, Dropout)
+        fused = is_plain(inner, nn.Dropout, Dropout)
         hidden = linear_act(
             x, layer.linear1.weight, layer.linear1.bias, name,
             dropout_p=inner.p if fused else 0.0, training=inner.training,
@@ -85,8 +92,8 @@ def _feed_forward(layer: nn.Module, x: Tensor, residual: Tensor, drop: nn.Module
             hidden = inner(hidden)
     else:
         hidden = _dropout(layer.dropout, layer.activation(layer.linear1(x)))
-    if _is_plain(layer.linear2, nn.Linear):
-        return _add_linear(residual, hidden, layer.linear2.weight, layer.linear2.bias, drop)
+    if is_plain(layer.linear2, nn.Linear):
+        return add_linear(residual, hidden, layer.linear2.weight, layer.linear2.bias, drop)
     return residual + _dropout(drop, layer.linear2(hidden))
 
 
@@ -96,7 +103,7 @@ def _attention_block(
 ) -> Tensor:  # fmt: skip
     """residual + drop(attention(query, memory, memory))"""
     attn_mask, key_padding_mask, is_causal = masks
-    if _is_plain(attention, MultiheadAttention):
+    if is_plain(attention, MultiheadAttention):
         return attention._attend(
             query, memory, memory, key_padding_mask, attn_mask, is_causal, residual, drop
         )
@@ -186,7 +193,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         weight, bias = self.out_proj.weight, self.out_proj.bias
         if residual is None:
             return linear_act(out, weight, bias)
-        return _add_linear(residual, out, weight, bias, drop)
+        return add_linear(residual, out, weight, bias, drop)
 
     def _projections(self, query, key, value) -> tuple[Tensor, Tensor, Tensor]:
         """Projected query, key and value (..., embed_dim), with as few GEMMs as they allow."""

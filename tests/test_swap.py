@@ -1,10 +1,12 @@
 import copy
+import gc
 import io
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fastnn.cross_entropy import CrossEntropyLoss
 from fastnn.linear_act import Dropout, LinearAct
@@ -362,6 +364,179 @@ def test_attributes_are_not_paired():
     expected = model(x)
     assert not swap_(model).swapped
     assert torch.equal(model(x), expected)
+
+
+class _Block(nn.Module):
+    """An activation and Linears as attributes; sub-classes differ in how they call them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.fc2, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.GELU()
+        self.flag, self.seen, self.table = False, [], {"act": self.act}
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        self.seen.append(x)
+        h = self.fc(x)
+        return self.fc2(self.act(h)) + x
+
+
+class _Twice(_Block):
+    def forward(self, x):
+        return self.act(self.fc2(self.act(self.fc(x))))
+
+
+class _Branch(_Block):
+    def forward(self, x):
+        h = self.fc(x)
+        if self.flag:
+            return h
+        return self.act(h)
+
+
+class _Loop(_Block):
+    def forward(self, x):
+        x = self.fc(x)
+        for _ in self.seen:
+            x = x + 1
+        return self.act(x)
+
+
+class _Helper(_Block):
+    def after(self, x):
+        return x if self.flag else self.act(x)
+
+    def forward(self, x):
+        return self.after(self.fc(x))
+
+
+class _DataDependent(_Block):
+    def forward(self, x):
+        return self.act(self.fc(x)) if x.sum() > 0 else x
+
+
+class _Aliased(_Block):
+    def forward(self, x):
+        return self.table["act"](self.fc(x))
+
+
+class _ReadTwice(_Block):
+    def forward(self, x):
+        h = self.fc(x)
+        return self.act(h) + h
+
+
+class _PartlyRead(_Block):
+    def forward(self, x):
+        return self.act(self.fc(x)[..., :2])
+
+
+class _Function(_Block):
+    def forward(self, x):
+        return torch.relu(self.fc(x))
+
+
+def test_attribute_pairs_that_a_trace_proves():
+    model = _Block()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    before = step(model, x)
+    count, state = model.count.clone(), torch.get_rng_state()
+    seen, act = list(model.seen), model.act
+    report = swap_(model)
+    assert torch.equal(model.count, count) and torch.equal(torch.get_rng_state(), state)
+    assert len(model.seen) == len(seen)
+    assert [(row.name, row.reason) for row in report.swapped] == [("fc", "with GELU")]
+    assert report.skipped[0].reason == "the forward of _Block applies no activation to it alone"
+    torch.testing.assert_close(step(model, x), before)
+    assert not swap_(model).swapped
+    unswap_(model)
+    assert model.act is act and type(model.fc) is nn.Linear
+    torch.testing.assert_close(step(model, x), before)
+
+
+def test_an_attribute_activation_of_two_linears():
+    model = _Twice()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    before = step(model, x)
+    assert [row.name for row in swap_(model).swapped] == ["fc", "fc2"]
+    torch.testing.assert_close(step(model, x), before)
+    hooked = _Twice()
+    _hooked(hooked.fc2)
+    report = swap_(hooked)
+    assert not report.swapped
+    assert report.skipped[0].reason == "its GELU also serves fc2: it has hooks"
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        (_Branch, "the forward of _Branch branches"),
+        (_Loop, "the forward of _Loop branches"),
+        (_Helper, "the forward of _Helper branches"),
+        (_DataDependent, "torch.fx cannot trace the forward of _DataDependent"),
+        (_Aliased, "torch.fx cannot trace the forward of _Aliased"),
+        (_ReadTwice, "the forward of _ReadTwice applies no activation to it alone"),
+        (_PartlyRead, "the forward of _PartlyRead applies no activation to it alone"),
+        (_Function, "the forward of _Function applies no activation to it alone"),
+    ],
+)
+def test_attribute_pairs_that_are_not_certain(kind, reason):
+    model = kind()
+    x = torch.randn(2, 4)
+    expected = model(x)
+    report = swap_(model)
+    assert not report.swapped and report.skipped[0].reason == reason
+    assert torch.equal(model(x), expected)
+
+
+def test_only_code_of_the_forward_counts():
+    """Neither what the garbage collector calls, nor what torch.fx does before the forward."""
+
+    class Branching:
+        def __getattribute__(self, name):  # asked for its __class__ by torch.fx
+            return None if name == "other" else object.__getattribute__(self, name)
+
+    def callback(phase, info):
+        return 1 if phase == "start" else 2
+
+    model = _Block()
+    model.config = Branching()
+    threshold = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        report = swap_(model)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert [row.name for row in report.swapped] == ["fc"]
+
+
+def test_replaced_forwards_are_left_alone():
+    for module in ("", "fc", "act"):
+        model = _Block()
+        owner = model.get_submodule(module)
+        owner.forward = owner.forward
+        assert not swap_(model).swapped
+
+
+def test_pruned_and_frozen():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    model[2].weight.requires_grad_(False)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    report = swap_(model)
+    assert report.skipped[0].reason == "it has hooks"
+    assert [row.name for row in report.swapped] == ["2"]
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    assert model[2].weight.grad is None and model[2].bias.grad is not None
+    prune.remove(model[0], "weight")
+    assert [row.name for row in swap_(model).swapped] == ["0"]
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_hooks_added_after_the_swap_run():
