@@ -121,16 +121,23 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
   }
 
   Line lines[kLines];
+  const auto make_lines = [&] {
+#pragma unroll
+    for (int r = 0; r < kLines; ++r) {
+      const int row = row0 + warp_row + 8 * r + g, query = row / plan.pack;
+      lines[r] = make_line(p, band, row < rows, query, b, h0 + row % plan.pack, query, 0);
+    }
+  };
+  // The other kernel needs them at the edges of the band only, and its registers.
+  if constexpr (kFull) make_lines();
   float m[kLines], l[kLines];
   Fragment<kBlocks, kDim> o = {};
 #pragma unroll
   for (int r = 0; r < kLines; ++r) {
     const int row = row0 + warp_row + 8 * r + g;
-    const int query = row / plan.pack, h = h0 + row % plan.pack;
-    lines[r] = make_line(p, band, row < rows, query, b, h, query, 0);
     // A sink is a key that every row sees, whose value is 0. Each lane of a quad has a part of l.
     const bool sink = kFull && p.sinks != nullptr && split == 0 && row < rows;
-    m[r] = sink ? p.sinks[b * p.heads + h] * kLog2e : -INFINITY;
+    m[r] = sink ? p.sinks[b * p.heads + h0 + row % plan.pack] * kLog2e : -INFINITY;
     l[r] = sink && threadIdx.x % 4 == 0 && m[r] != -INFINITY ? 1.f : 0.f;
   }
   const float factor = kFull ? kLog2e : p.scale * kLog2e;
@@ -152,7 +159,10 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
       finish_scores<T>(p, lines, col0, p.mask.col, s, [](int, int, int, float) {});
       some_hidden |= p.mask.data != nullptr;
     }
-    if (!whole) hide_outside(lines, col0, s);
+    if (!whole) {
+      if constexpr (!kFull) make_lines();
+      hide_outside(lines, col0, s);
+    }
 
     // P = exp(S - m), and the sums so far on the new maximum
     float largest[kLines], base[kLines];

@@ -116,8 +116,10 @@ __device__ __forceinline__ void multiply(float (&acc)[kBlocks][kGroups][4], T* a
   const int lane = threadIdx.x % 32;
   for_each(acc, [&](int i, int j, int e, int, int) { acc[i][j][e] = 0.f; });
   if constexpr (sizeof(T) == 2) {
+    // Unrolled further, the backward's kernels would keep addresses in registers that they need.
+    constexpr int kUnroll = kGroups < 8 ? 4 : kDim / 16;
     const int inner = lane % 8, odd = lane / 8 % 2 * 8, upper = lane / 16 * 8;
-#pragma unroll
+#pragma unroll kUnroll
     for (int k = 0; k < kDim; k += 16) {
       uint32_t fa[kBlocks][4];
 #pragma unroll
