@@ -69,7 +69,7 @@ __device__ __forceinline__ float row_factor(const AttentionProblem& p, float l) 
   return l == 0.f ? 0.f : (p.seed != nullptr ? p.keep_scale : 1.f) / l;
 }
 __device__ __forceinline__ float row_lse(float m, float l) {
-  return l == 0.f || l != l ? (l == 0.f ? -INFINITY : l) : m * kLn2 + logf(l);
+  return l == 0.f ? -INFINITY : m * kLn2 + logf(l);
 }
 
 template <typename T, int kDim, bool kFull>

@@ -28,7 +28,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kMaxHeadDim = 256;
+// What visit_width of attention_tile.cuh serves.
+constexpr int64_t kMaxHeadDim = 256, kMaxLength = int64_t{1} << 29;
 
 int multiprocessors() {
   int device = 0, count = 0;
@@ -65,6 +66,8 @@ void check_arguments(const char* op, const Tensor& query, const Tensor& key, con
                query.size(3));
   FASTNN_CHECK(value.size(3) <= kMaxHeadDim, op, "value", "of a head dimension up to 256",
                value.size(3));
+  FASTNN_CHECK(query.size(2) + key.size(2) < kMaxLength, op, "query and key",
+               "of fewer than 2^29 rows together", query.size(2) + key.size(2));
   check_dropout(options.dropout_p, options.seed, op);
   FASTNN_CHECK(options.softcap >= 0, op, "softcap", "at least 0", options.softcap);
   if (options.mask.has_value()) {

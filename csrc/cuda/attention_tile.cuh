@@ -55,7 +55,8 @@ struct Tile {
   static __device__ __forceinline__ void load(T* tile, const void* base, int dim, bool aligned,
                                               const RowAt& row_at) {
     static_assert(kRows * kChunks % kThreads == 0, "every thread copies as many chunks");
-#pragma unroll 2
+    // Unrolled, the copies' addresses would take registers that the products need.
+#pragma unroll 1
     for (int n = 0; n < kRows * kChunks / kThreads; ++n) {
       const int index = n * kThreads + threadIdx.x;
       const int row = index / kChunks, col = index % kChunks * kChunk;
