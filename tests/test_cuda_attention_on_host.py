@@ -94,7 +94,7 @@ class HostCase(Case):
         self.host, self.splits, self.outputs = kernels, splits, []
         kernels.set_seed(7)
 
-    def output(self, *shape, dtype=None, room=1):
+    def output(self, *shape, dtype=None):
         tensor, buffer = guarded(
             shape, torch.empty(shape).stride(), dtype or self.query.dtype, CANARY
         )
