@@ -57,7 +57,7 @@ class Backward(Problem):
         *((name, POINTER) for name in (
             "saved_lse", "grad_lse", "rows", "grad_query", "grad_key", "grad_value", "grad_sinks")),
         ("mask_sizes", INT64 * 4), ("grad_mask", POINTER), ("mask_partial", POINTER),
-        ("mask_parts", INT64),
+        ("mask_parts", INT64), ("sink_rows", POINTER),
     ]  # fmt: skip
 
 
@@ -186,6 +186,8 @@ class HostCase(Case):
             assert self.host.mask_gradient(reference) == 0
             gradients[3] = gradients[3].to(self.mask.dtype)
         if wanted[4]:
+            problem.sink_rows = self.output(*lse.shape, dtype=torch.float32).data_ptr()
+            assert self.host.sinks_gradient(reference) == 0
             gradients[4] = gradients[4].sum_to_size(self.sinks.shape).to(self.sinks.dtype)
         self.check_outputs()
         return gradients
@@ -232,7 +234,7 @@ def test_a_few_rows_split_the_keys(kernels):
     problem, _ = case.problem(Forward)
     reference = ctypes.byref(problem)
     assert kernels.splits(reference, 1) == 1
-    assert kernels.splits(reference, 132) == 16  # four tiles of 64 keys each
+    assert kernels.splits(reference, 132) == 16  # of 256 keys
     assert kernels.splits(reference, 4) == 4
     problem.queries = 65
     assert kernels.splits(reference, 132) == 1

@@ -24,7 +24,8 @@ struct ForwardShape {
   static constexpr int kBlocks = kHalf && !kFull && kDim <= 128 ? 2 : 1;  // of 16 rows a warp
   static constexpr int kThreads = 128;
   static constexpr int kRows = kThreads / 32 * 16 * kBlocks;
-  static constexpr int kCols = kHalf ? 64 : 4096 / kDim;
+  // Of more keys, the scores would not leave the registers that the rest needs.
+  static constexpr int kCols = !kHalf ? 4096 / kDim : kFull && kDim == 256 ? 32 : 64;
   static constexpr int kShared = ((kRows + 2 * kCols) * static_cast<int>(sizeof(T)) + 8) * kDim;
 };
 
@@ -34,8 +35,9 @@ struct Plan {
   bool query_aligned, key_aligned, value_aligned;
 };
 
-// Up to this many rows of a kv head, all of them share a tile.
-constexpr int kFewRows = 64;
+// Up to this many rows of a kv head, all of them share a tile, and the keys are split into parts of
+// no fewer than this.
+constexpr int kFewRows = 64, kFewKeys = 256;
 
 bool packs(const AttentionProblem& p) { return p.queries < kFewRows && p.heads > p.kv_heads; }
 
@@ -46,12 +48,6 @@ int64_t rows_of(const AttentionProblem& p) {
 bool is_plain(const AttentionProblem& p) {
   return p.scale > 0.f && p.softcap == 0.f && p.slopes == nullptr && p.mask.data == nullptr &&
          p.sinks == nullptr && p.seed == nullptr && rows_of(p) > kFewRows;
-}
-
-int key_tile(const AttentionProblem& p) {
-  if (p.storage != Storage::kFloat32) return 64;
-  const int64_t width = max(p.dim, p.value_dim);
-  return width <= 64 ? 64 : width <= 128 ? 32 : 16;
 }
 
 // The larger of a quad's values, and their sum.
@@ -273,9 +269,9 @@ cudaError_t launch_forward(const AttentionForward& p, cudaStream_t stream) {
 int64_t attention_splits(const AttentionProblem& p, int multiprocessors) {
   const int64_t rows = rows_of(p);
   if (rows > kFewRows || p.kv_heads == 0) return 1;
-  // Two blocks a multiprocessor, none with fewer than four tiles of keys.
+  // Two blocks a multiprocessor.
   const int64_t planes = p.batch * (packs(p) ? p.kv_heads : p.heads);
-  const int64_t most = tiles_of(p.keys, 4 * key_tile(p));
+  const int64_t most = tiles_of(p.keys, kFewKeys);
   const int64_t wanted = tiles_of(2 * multiprocessors, planes > 0 ? planes : 1);
   return wanted < 2 || most < 2 ? 1 : wanted < most ? wanted : most;
 }

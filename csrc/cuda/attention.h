@@ -72,6 +72,7 @@ struct AttentionBackward : AttentionProblem {
   float* grad_mask;
   float* mask_partial;
   int64_t mask_parts;
+  float* sink_rows;  // [batch, heads, queries]: scratch of grad_sinks
 };
 
 // attention.cu, attention_backward.cu: every device from sm_80, any stride and alignment.
@@ -80,11 +81,13 @@ int64_t attention_splits(const AttentionProblem& problem, int multiprocessors);
 int64_t attention_split_scratch(const AttentionProblem& problem, int64_t splits);
 cudaError_t attention_forward_portable_cuda(const AttentionForward& problem, cudaStream_t stream);
 
-// What every backward starts with: the rows' lse and delta, and grad_sinks where it is wanted.
+// What every backward starts with: the rows' lse and delta.
 cudaError_t attention_rows_cuda(const AttentionBackward& problem, cudaStream_t stream);
 // dQ, dK and dV, whichever are wanted.
 cudaError_t attention_backward_portable_cuda(const AttentionBackward& problem, cudaStream_t stream);
-// The mask's gradient, of its own pass: no other kernel holds all that it is broadcast to.
+// The sinks' gradient and the mask's, each of a pass of its own after attention_rows_cuda: O is too
+// coarse for the one, and no other kernel holds all that the mask is broadcast to.
+cudaError_t attention_sinks_gradient_cuda(const AttentionBackward& problem, cudaStream_t stream);
 int64_t attention_mask_parts(const AttentionBackward& problem);
 cudaError_t attention_mask_gradient_cuda(const AttentionBackward& problem, cudaStream_t stream);
 

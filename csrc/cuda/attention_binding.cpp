@@ -246,8 +246,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.grad_query = pointer(grad_query);
   p.grad_key = pointer(grad_key);
   p.grad_value = pointer(grad_value);
-  Tensor sink_sums;
+  Tensor sink_sums, sink_rows;
   if (output_mask[4]) {
+    sink_rows = at::empty(lse.sizes(), floats);
+    p.sink_rows = sink_rows.mutable_data_ptr<float>();
     sink_sums = at::zeros({p.batch, p.heads}, floats);
     p.grad_sinks = sink_sums.mutable_data_ptr<float>();
   }
@@ -255,6 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const auto stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(attention_rows_cuda(p, stream));
   C10_CUDA_CHECK(attention_backward_portable_cuda(p, stream));
+  if (output_mask[4]) C10_CUDA_CHECK(attention_sinks_gradient_cuda(p, stream));
   Tensor mask_sums, mask_partial;
   if (output_mask[3] && !empty) {
     for (int64_t i = 0; i < 4; ++i) {

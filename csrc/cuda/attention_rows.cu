@@ -1,8 +1,9 @@
 // What the attention backward makes beside dQ, dK and dV: the rows' lse and delta, which it starts
 // with, and the gradients of the sinks and of the mask (attention_backward.cu has the maths).
-// Work: a warp a row; a block per head's sink; per tile of the mask a block that walks all it is
-//   broadcast to. Where that leaves blocks idle, several share the walk, and a last kernel adds
-//   their sums up in order.
+// Work: a warp a row; per tile of the mask a block that walks all it is broadcast to, and where
+// that
+//   leaves blocks idle, several that share the walk and a kernel that adds their sums up in order;
+//   the same pass for the rows' sums that the sinks need, and a block per sink.
 // Memory: a tile each of Q, dO, K and V; a float per element of the mask and block that shares it.
 // Numerics: float sums in an order of the shape alone.
 // Floor: the mask's pass has two products. Reached: not measured yet.
@@ -34,15 +35,19 @@ __global__ void __launch_bounds__(128) attention_rows_kernel(AttentionBackward p
   p.rows[rows + row] = p.grad_lse != nullptr ? delta - p.grad_lse[row] : delta;
 }
 
+// -sum of P delta over a head's rows, P the sink's. O, rounded, would make delta too coarse for a
+// sum in which nothing cancels: it is made again from sink_rows, which has each row's sum of dS.
 __global__ void __launch_bounds__(128) attention_sinks_kernel(AttentionBackward p) {
   __shared__ float shared[4];
   const int64_t plane = blockIdx.x;
   const float sink = p.sinks[plane] * kLog2e;
-  const float* const lse = p.rows + plane * p.queries;
-  const float* const delta = lse + p.batch * p.heads * p.queries;
   float sum = 0.f;
-  for (int64_t row = threadIdx.x; row < p.queries; row += 128) {
-    sum -= exp2_approx(sink - lse[row]) * delta[row];
+  for (int64_t query = threadIdx.x; query < p.queries; query += 128) {
+    const int64_t row = plane * p.queries + query;
+    const float prob = exp2_approx(sink - p.rows[row]);
+    const float delta = p.rows[p.batch * p.heads * p.queries + row];
+    const float dot = p.sink_rows[row] + delta * (1.f - prob);
+    sum -= prob * (p.grad_lse != nullptr ? dot - p.grad_lse[row] : dot);
   }
   sum = block_reduce(sum, shared, 0.f, [](float x, float y) { return x + y; });
   if (threadIdx.x == 0) p.grad_sinks[plane] = sum;
@@ -179,15 +184,39 @@ cudaError_t visit_mask(const AttentionBackward& p, const F& f) {
   });
 }
 
+cudaError_t launch_mask(const AttentionBackward& p, cudaStream_t stream) {
+  return visit_mask(p, [&](auto value, auto width, const MaskPlan& plan) {
+    using T = decltype(value);
+    constexpr int kDim = decltype(width)::value;
+    using Shape = MaskShape<T, kDim>;
+    const cudaError_t error = launch(attention_mask_kernel<T, kDim>, plan.tiles * p.mask_parts,
+                                     Shape::kThreads, Shape::kShared, stream, p, Aligned(p));
+    if (error != cudaSuccess || p.mask_parts == 1) return error;
+    return launch(attention_mask_sum_kernel, tiles_of(plan.elements, 128), 128, 0, stream, p,
+                  plan.elements);
+  });
+}
+
 }  // namespace
 
 cudaError_t attention_rows_cuda(const AttentionBackward& p, cudaStream_t stream) {
   const int64_t rows = p.batch * p.heads * p.queries;
   if (rows == 0) return cudaSuccess;
-  const cudaError_t error = visit_width(p, [&](auto value, auto) {
+  return visit_width(p, [&](auto value, auto) {
     return launch(attention_rows_kernel<decltype(value)>, tiles_of(rows, 4), 128, 0, stream, p);
   });
-  if (error != cudaSuccess || p.grad_sinks == nullptr) return error;
+}
+
+cudaError_t attention_sinks_gradient_cuda(const AttentionBackward& p, cudaStream_t stream) {
+  if (p.batch * p.heads * p.queries == 0) return cudaSuccess;
+  // A row's sum of dS is the gradient of a mask of one column.
+  AttentionBackward rows = p;
+  const int64_t sizes[4] = {p.batch, p.heads, p.queries, 1};
+  for (int i = 0; i < 4; ++i) rows.mask_sizes[i] = sizes[i];
+  rows.grad_mask = p.sink_rows;
+  rows.mask_parts = 1;
+  const cudaError_t error = launch_mask(rows, stream);
+  if (error != cudaSuccess) return error;
   return launch(attention_sinks_kernel, p.batch * p.heads, 128, 0, stream, p);
 }
 
@@ -203,16 +232,7 @@ int64_t attention_mask_parts(const AttentionBackward& p) {
 
 cudaError_t attention_mask_gradient_cuda(const AttentionBackward& p, cudaStream_t stream) {
   if (p.batch * p.heads * p.queries * p.keys == 0) return cudaSuccess;
-  return visit_mask(p, [&](auto value, auto width, const MaskPlan& plan) {
-    using T = decltype(value);
-    constexpr int kDim = decltype(width)::value;
-    using Shape = MaskShape<T, kDim>;
-    const cudaError_t error = launch(attention_mask_kernel<T, kDim>, plan.tiles * p.mask_parts,
-                                     Shape::kThreads, Shape::kShared, stream, p, Aligned(p));
-    if (error != cudaSuccess || p.mask_parts == 1) return error;
-    return launch(attention_mask_sum_kernel, tiles_of(plan.elements, 128), 128, 0, stream, p,
-                  plan.elements);
-  });
+  return launch_mask(p, stream);
 }
 
 }  // namespace fastnn

@@ -7,6 +7,10 @@ int rows(const fastnn::AttentionBackward* problem) {
   return fastnn::attention_rows_cuda(*problem, nullptr);
 }
 
+int sinks_gradient(const fastnn::AttentionBackward* problem) {
+  return fastnn::attention_sinks_gradient_cuda(*problem, nullptr);
+}
+
 int64_t mask_parts(const fastnn::AttentionBackward* problem) {
   return fastnn::attention_mask_parts(*problem);
 }
