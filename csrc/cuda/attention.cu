@@ -2,7 +2,7 @@
 //   FlashAttention-2 (Dao 2023, algorithm 1): per tile of query rows one pass over the key tiles of
 //   their band with a running maximum m and sum l; S and P live in registers only.
 // Work: a block of 4 warps makes a tile of 64 or 128 rows of a head, each warp 16 or 32 of them by
-//   all 64 keys of a tile on mma.sync. A few query rows: the heads of a group share a tile, and the
+//   all keys of a tile on mma.sync. A few query rows: the heads of a group share a tile, and the
 //   keys are split over blocks, whose sums a second kernel puts together in order.
 // Memory: Q, and one tile of K and of V, which cp.async fills while the other is multiplied.
 // Numerics: float sums; exp2 with the scale folded in; P is rounded to the type of V. A key that is
