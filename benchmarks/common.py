@@ -147,11 +147,15 @@ def _attention_inputs(case, normal, labels):
         lengths = t // 2 + labels(t - t // 2 + 1, b)
         keys = torch.arange(t, device=lengths.device)
         tensors["attn_mask"] = (keys < lengths[:, None])[:, None, None]
+    if case.options.get("bias"):
+        # learned, the same for all sequences
+        tensors["attn_mask"] = normal(1, h, s, t)
     return tensors
 
 
-def _attention_with(function, case, **extra):
-    options = {name: value for name, value in case.options.items() if name != "padding"} | extra
+def attention_with(function, case, **extra):
+    inputs = ("padding", "bias")
+    options = {name: value for name, value in case.options.items() if name not in inputs} | extra
     return lambda q, k, v, attn_mask=None: function(q, k, v, attn_mask, **options)
 
 
@@ -232,9 +236,9 @@ FAMILIES = {
     ),
     "attention": Family(
         inputs=_attention_inputs,
-        eager=lambda case: _attention_with(F.scaled_dot_product_attention, case),
-        ours=lambda case: _attention_with(functional().scaled_dot_product_attention, case),
-        oracle=lambda case, keep: _attention_with(
+        eager=lambda case: attention_with(F.scaled_dot_product_attention, case),
+        ours=lambda case: attention_with(functional().scaled_dot_product_attention, case),
+        oracle=lambda case, keep: attention_with(
             reference.scaled_dot_product_attention, case, keep=keep
         ),
         dropout_shape=lambda case: tuple(case.sizes[x] for x in "BHST"),
@@ -440,7 +444,10 @@ def _features(case: Case) -> dict:
     if case.family == "attention":
         width = case.sizes["D"]
         dropout = case.options.get("dropout_p", 0.0) > 0
-        return {"head_dim": width, "value_dim": width, "dropout": dropout}
+        mask_grad = case.backward and case.options.get("bias", False)
+        return {
+            "head_dim": width, "value_dim": width, "dropout": dropout, "mask_grad": mask_grad,
+        }  # fmt: skip
     return {}
 
 

@@ -74,6 +74,12 @@ def _attentions():
                     )  # fmt: skip
     for queries in (1, 8):
         yield common.attention("decode", 8, 32, queries, 128, "bf16", FWD, keys=32768, kv_heads=8)
+    yield common.attention("decode", 1, 64, 1, 128, "bf16", FWD, keys=8192, kv_heads=8)
+    # Where torch holds all the scores, or leaves its fastest kernels.
+    yield common.attention("bias", 4, 16, 2048, 64, "bf16", BOTH, bias=True)
+    yield common.attention("padding", 8, 12, 1024, 64, "bf16", BOTH, padding=True)
+    yield common.attention("dropout 0.1", 8, 12, 1024, 64, "bf16", BOTH, dropout_p=0.1)
+    yield common.attention("full", 2, 8, 2048, 64, "fp32", BOTH)
 
 
 CASES = (*_losses(), *_linears(), *_attentions())
@@ -171,9 +177,11 @@ def _sdpa(name: str) -> Callable:
 
         backend = getattr(SDPBackend, name)
 
-        def call(q, k, v):
+        function = common.attention_with(F.scaled_dot_product_attention, case)
+
+        def call(*tensors):
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, **case.options)
+                return function(*tensors)
 
         return call
 
@@ -190,6 +198,8 @@ PROVIDERS = (
     Peer("quack", "quack", _quack, families=_LOSSES, package="quack"),
     Peer("flash", "SDPA flash", _sdpa("FLASH_ATTENTION"), families=("attention",)),
     Peer("cudnn", "SDPA cuDNN", _sdpa("CUDNN_ATTENTION"), families=("attention",)),
+    Peer("efficient", "SDPA memory-efficient", _sdpa("EFFICIENT_ATTENTION"),
+         families=("attention",)),
     Peer("autotune", "torch.compile max-autotune", _max_autotune, compiled=True,
          families=(*_LOSSES, "linear_act")),
 )  # fmt: skip

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks import machine
 from fastnn import _ops
+from fastnn.backend import native_limit
 from fastnn.info import FEATURES
 from tritonops import refusal
 
@@ -25,6 +28,11 @@ def _registered(folder: str) -> set[str]:
     return {op for file in files for op in re.findall(r'm\.impl\("(\w+)"', file.read_text())}
 
 
+def _served(device: str, family: str, refused: Callable[[dict], str | None]) -> str:
+    without = [name for name, used in FEATURES[family].items() if refused(used)]
+    return DTYPES[device] + (f"; without {', '.join(without)}" if without else "")
+
+
 def support() -> str:
     rooms = {"CPU (C++)": ("cpu", _registered("cpu")), "CUDA (C++)": ("cuda", _registered("cuda"))}
     lines = [
@@ -32,9 +40,11 @@ def support() -> str:
         "|---|---|---|---|---|",
     ]
     for family, ops in _ops.FAMILIES.items():
-        cells = [DTYPES[device] if set(ops) <= has else "-" for device, has in rooms.values()]
-        refused = [name for name, used in FEATURES[family].items() if refusal(family, used)]
-        cells.append(DTYPES["cuda"] + (f"; without {', '.join(refused)}" if refused else ""))
+        cells = [
+            _served(device, family, partial(native_limit, device)) if set(ops) <= has else "-"
+            for device, has in rooms.values()
+        ]
+        cells.append(_served("cuda", family, partial(refusal, family)))
         lines.append(f"| `{family}` | " + " | ".join([*cells, "what torch serves"]) + " |")
     return "\n".join(lines)
 

@@ -274,9 +274,9 @@ def scaled_dot_product_attention(
         ValueError: unknown `causal_alignment`, a `window` or `softcap` out of range.
         TypeError: an argument that is no tensor.
     Backends:
-        native (CPU), triton, reference. Autocast as for torch's function. Under `auto`, plain
-        float32 calls of up to 2^20 products B Hq Sq Sk D on the CPU are torch's own, whose call
-        costs less (and which cannot be differentiated twice).
+        native (CPU, and CUDA with head dimensions up to 256), triton, reference. Autocast as for
+        torch's function. Under `auto`, plain float32 calls of up to 2^20 products B Hq Sq Sk D on
+        the CPU are torch's own, whose call costs less (and which cannot be differentiated twice).
     Reference:
         Vaswani et al. 2017 (arXiv:1706.03762); Dao 2023 (arXiv:2307.08691).
     """

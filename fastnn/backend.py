@@ -18,6 +18,7 @@ from fastnn import _ops
 
 BACKENDS = ("auto", "native", "triton", "reference")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_HEAD_DIM = 256  # kMaxHeadDim of csrc/cuda/attention_binding.cpp
 
 
 def _checked(name: str, source: str) -> str:
@@ -69,6 +70,14 @@ _NATIVE_KERNELS = {
 }
 
 
+def native_limit(device_type: str, features: dict) -> str | None:
+    """Why the C++ kernels, where they are built, cannot serve a call with `features`, or None."""
+    for name in ("head_dim", "value_dim"):
+        if device_type == "cuda" and features.get(name, 0) > _CUDA_HEAD_DIM:
+            return f"CUDA attention serves a {name} up to {_CUDA_HEAD_DIM}, got {features[name]}"
+    return None
+
+
 def _native_refusal(family, device_type, dtype, features) -> str | None:
     if _ops.NATIVE_MISSING is not None:
         return _ops.NATIVE_MISSING
@@ -76,7 +85,7 @@ def _native_refusal(family, device_type, dtype, features) -> str | None:
         return f"no {device_type} kernel for {family} in this build"
     if dtype not in _DTYPES and not (dtype == torch.float64 and device_type == "cpu"):
         return f"{dtype} is not supported on {device_type}"
-    return None
+    return native_limit(device_type, features)
 
 
 def _triton_refusal(family, device_type, dtype, features) -> str | None:

@@ -377,11 +377,21 @@ inline int __syncthreads_or(int predicate) {
   return barrier.any[on_host::wait(barrier, predicate != 0)];
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  const int lane = threadIdx.x % on_host::kWarpSize;
+// The word of lane `source` of the warp.
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  static_assert(sizeof(T) == sizeof(float), "a word");
   auto& barrier = on_host::block->warps[threadIdx.x / on_host::kWarpSize];
-  barrier.slots[barrier.generation % 2][lane] = value;
-  return barrier.slots[on_host::wait(barrier, false)][lane ^ mask];
+  float* const slots = barrier.slots[barrier.generation % 2];
+  std::memcpy(slots + threadIdx.x % on_host::kWarpSize, &value, sizeof(value));
+  const int set = on_host::wait(barrier, false);
+  std::memcpy(&value, barrier.slots[set] + source, sizeof(value));
+  return value;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned all, T value, int mask) {
+  const int lane = threadIdx.x % on_host::kWarpSize;
+  return __shfl_sync(all, value, lane ^ mask);
 }
 
 inline int atomicAdd(int* sum, int value) { return std::atomic_ref<int>(*sum).fetch_add(value); }

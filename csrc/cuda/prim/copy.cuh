@@ -124,6 +124,18 @@ __device__ __forceinline__ void pack(Packet<T>& packet, int begin, const float (
   }
 }
 
+// Two floats rounded, the first in the low half: a word of an mma fragment.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  PairOf<T> pair;
+  if constexpr (std::is_same_v<T, __half>) {
+    pair = __floats2half2_rn(low, high);
+  } else {
+    pair = __floats2bfloat162_rn(low, high);
+  }
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // The largest element of some packets; NaN only if they have nothing else.
 template <typename T, int kPackets>
 __device__ __forceinline__ float largest(const Packet<T> (&packets)[kPackets]) {
