@@ -54,10 +54,23 @@ class Forward(Problem):
     ]  # fmt: skip
 
 
+class Backward(Problem):
+    _fields_ = [
+        ("grad_out", Operand), ("output", Operand),
+        *((name, ctypes.c_void_p) for name in ("lse", "grad_lse", "rows")),
+        *((name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value")),
+        ("grad_sinks", ctypes.c_void_p), ("mask_sizes", ctypes.c_int64 * 4),
+        ("grad_mask", ctypes.c_void_p), ("mask_partial", ctypes.c_void_p),
+        ("mask_parts", ctypes.c_int64),
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    library = host_library(tmp_path_factory.mktemp("cuda_on_host"), "attention_sm90")
-    library.forward_serves.restype = ctypes.c_bool
+    library = host_library(
+        tmp_path_factory.mktemp("cuda_on_host"), "attention_sm90", "attention_backward_sm90"
+    )
+    library.forward_serves.restype = library.backward_serves.restype = ctypes.c_bool
     return library
 
 
@@ -65,9 +78,7 @@ def placed(values, permuted):
     """A copy amid NaN, as (B, H, S, D) or as (B, S, H, D) in memory, in rows of whole packets."""
     b, h, s, d = values.shape
     width = -(-d // 8) * 8 + (8 if permuted else 0)
-    strides = (
-        (s * h * width, width, h * width, 1) if permuted else (h * s * d, s * d, d, 1)
-    )
+    strides = (s * h * width, width, h * width, 1) if permuted else (h * s * d, s * d, d, 1)
     tensor, _ = guarded(values.shape, strides, values.dtype, math.nan)
     return tensor.copy_(values)
 
@@ -87,9 +98,7 @@ def check_canary(tensor, buffer):
 class Case:
     """A call's tensors. shape: B, Hq, Hkv, Sq, Sk, D, Dv; band: shift, left, right."""
 
-    def __init__(
-        self, shape, dtype=torch.bfloat16, band=(0, -1, -1), permuted=False, scale=None
-    ):
+    def __init__(self, shape, dtype=torch.bfloat16, band=(0, -1, -1), permuted=False, scale=None):
         self.b, self.hq, self.hkv, self.sq, self.sk, self.d, self.dv = shape
         self.dtype, self.band = dtype, band
         self.scale = scale or self.d**-0.5
@@ -117,10 +126,7 @@ class Case:
         )  # fmt: skip
 
     def visible(self):
-        rows, keys = (
-            torch.arange(self.sq)[:, None] + self.band[0],
-            torch.arange(self.sk),
-        )
+        rows, keys = torch.arange(self.sq)[:, None] + self.band[0], torch.arange(self.sk)
         seen = torch.ones(self.sq, self.sk, dtype=torch.bool)
         if self.band[1] >= 0:
             seen &= keys >= rows - self.band[1]
@@ -130,9 +136,7 @@ class Case:
 
     def expected(self, dtype):
         """(out, lse, dq, dk, dv) by the reference, computed in dtype."""
-        leaves = [
-            t.to(dtype).requires_grad_() for t in (self.query, self.key, self.value)
-        ]
+        leaves = [t.to(dtype).requires_grad_() for t in (self.query, self.key, self.value)]
         out, lse = reference.scaled_dot_product_attention(
             *leaves, attn_mask=self.visible(), scale=self.scale, enable_gqa=self.hq != self.hkv,
             return_lse=True,
@@ -145,15 +149,35 @@ class Case:
     def forward(self, kernels, blocks=3, seed=1):
         out = output((self.b, self.hq, self.sq, self.dv), self.dtype)
         lse = output((self.b, self.hq, self.sq), torch.float32)
-        problem = Forward(
-            **self.fields(), out=out[0].data_ptr(), lse=lse[0].data_ptr(), splits=1
-        )
+        problem = Forward(**self.fields(), out=out[0].data_ptr(), lse=lse[0].data_ptr(), splits=1)
         kernels.set_seed(seed)
         assert kernels.forward_serves(ctypes.byref(problem))
         assert kernels.forward(ctypes.byref(problem), blocks) == 0
         check_canary(*out)
         check_canary(*lse)
         return out[0], lse[0]
+
+    def rows(self, out, lse):
+        """What attention_rows_cuda leaves: lse of base 2, inf where no key is seen, and delta."""
+        delta = (self.grad_out.float() * out.float()).sum(-1) - self.grad_lse
+        lse = lse.float() / math.log(2)
+        return torch.stack([lse.masked_fill(lse == -math.inf, math.inf), delta.float()])
+
+    def backward_problem(self, **pointers):
+        grad_out = Operand(self.grad_out.data_ptr(), *self.grad_out.stride()[:3])
+        return Backward(**self.fields(), grad_out=grad_out, **pointers)
+
+    def backward(self, kernels, rows, blocks=3, seed=1):
+        made = [output(t.shape, self.dtype) for t in (self.query, self.key, self.value)]
+        names = ("grad_query", "grad_key", "grad_value")
+        pointers = {n: t.data_ptr() for n, (t, _) in zip(names, made, strict=True)}
+        problem = self.backward_problem(rows=rows.data_ptr(), **pointers)
+        kernels.set_seed(seed)
+        assert kernels.backward_serves(ctypes.byref(problem))
+        assert kernels.backward(ctypes.byref(problem), blocks) == 0
+        for tensor, buffer in made:
+            check_canary(tensor, buffer)
+        return [tensor for tensor, _ in made]
 
 
 SHAPES = {
@@ -184,6 +208,57 @@ def test_forward(kernels, shape, band):
     assert_close_to_oracle(lse, same[1], exact[1], what="lse")
     again = case.forward(kernels, blocks=5, seed=3)
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+def check_backward(kernels, case):
+    exact, same = case.expected(torch.float64), case.expected(case.dtype)
+    rows = case.rows(same[0], exact[1])
+    gradients = case.backward(kernels, rows)
+    names = ("grad_query", "grad_key", "grad_value")
+    for name, ours, torchs, oracle in zip(names, gradients, same[2:], exact[2:], strict=True):
+        assert_close_to_oracle(ours, torchs, oracle, what=name)
+    return rows, gradients
+
+
+BACKWARD_SHAPES = {
+    "one tile": (1, 1, 1, 64, 64, 64, 64),
+    "ragged": (1, 2, 1, 197, 300, 64, 64),
+    "wide": (1, 2, 2, 150, 270, 128, 128),
+    "batch": (2, 4, 2, 130, 131, 40, 72),
+}
+
+
+@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("shape", BACKWARD_SHAPES)
+def test_backward(kernels, shape, band):
+    sizes = BACKWARD_SHAPES[shape]
+    dtype = HALVES[(len(shape) + len(band)) % 2]
+    case = Case(sizes, dtype, BANDS[band](*sizes[3:5]), permuted=len(band) % 2 == 0)
+    rows, gradients = check_backward(kernels, case)
+    if band == "causal":
+        again = case.backward(kernels, rows, blocks=5, seed=3)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+def test_backward_where_rows_or_keys_have_nothing(kernels):
+    for band in ((-80, -1, 0), (130, 30, 20)):
+        case = Case((1, 2, 1, 150, 400, 64, 64), band=band)
+        seen = case.visible()
+        case.key[:, :, ~seen.any(0)] = 0  # not NaN, for the reference
+        _, (dq, dk, dv) = check_backward(kernels, case)
+        assert (dq[:, :, ~seen.any(1)] == 0).all()
+        assert (dk[:, :, ~seen.any(0)] == 0).all() and (dv[:, :, ~seen.any(0)] == 0).all()
+
+
+def test_keys_that_no_query_sees_do_not_reach_a_gradient(kernels):
+    case = Case((1, 2, 1, 100, 400, 64, 64), band=(130, 30, 20))
+    exact = case.expected(torch.float64)
+    rows = case.rows(exact[0], exact[1])
+    wanted = case.backward(kernels, rows)
+    for hidden in (slice(0, 100), slice(250, 400)):
+        case.key[:, :, hidden] = math.nan
+        case.value[:, :, hidden] = math.nan
+    assert all(torch.equal(a, b) for a, b in zip(case.backward(kernels, rows), wanted, strict=True))
 
 
 def test_rows_that_see_no_key(kernels):
@@ -230,3 +305,9 @@ def test_what_the_kernel_serves(kernels):
     assert not serves(query=Operand(16, 8192, 4096, 60)) and not serves(keys=0)
     assert not serves(key=Operand(16, 8192, 4096, 0))  # expanded
     assert not serves(shift=-1000, right=0)  # nothing is seen
+    case = Case((1, 2, 1, 128, 64, 128, 72))
+    for names, wanted in (((), True), (("grad_query",), True), (("grad_key",), False)):
+        problem = case.backward_problem(**dict.fromkeys(names, 64))
+        assert kernels.backward_serves(ctypes.byref(problem)) == wanted
+    wide = Case((1, 2, 1, 128, 64, 136, 72)).backward_problem()
+    assert not kernels.backward_serves(ctypes.byref(wide))

@@ -63,9 +63,7 @@ def test_compiles_without_spills(reports, source, target):
     kernels = list(KERNEL.finditer(report.stderr))
     assert len(kernels) == report.stderr.count("Compiling entry function") > 0
     spilled = [
-        kernel[0]
-        for kernel in kernels
-        if any(int(kernel[k]) for k in ("stack", "stores", "loads"))
+        kernel[0] for kernel in kernels if any(int(kernel[k]) for k in ("stack", "stores", "loads"))
     ]
     assert not spilled, "\n".join(spilled)
     assert all(kernel["target"] == f"sm_{target}" for kernel in kernels)
@@ -75,20 +73,14 @@ def test_compiles_without_spills(reports, source, target):
 def listing(reports):
     """The machine code of a Hopper source: {kernel: its instructions}."""
     triton = importlib.util.find_spec("triton")
-    tools = (
-        ""
-        if triton is None
-        else str(Path(triton.origin).parent / "backends/nvidia/bin")
-    )
+    tools = "" if triton is None else str(Path(triton.origin).parent / "backends/nvidia/bin")
     disassembler = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=tools)
     if disassembler is None:
         pytest.skip("cuobjdump was not found")
 
     def disassemble(source):
         cubin = reports[source, "90a"].args[-1]
-        sass = subprocess.run(
-            [disassembler, "-sass", cubin], capture_output=True, text=True
-        ).stdout
+        sass = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True).stdout
         _, *rest = re.split(r"Function : (\w+)", sass)
         return dict(zip(rest[::2], rest[1::2], strict=True))
 
@@ -98,6 +90,7 @@ def listing(reports):
 HOPPER = {
     "linear_act_sm90.cu": ("HGMMA.64x256x16", "UTMALDG.3D", "UTMASTG.3D"),
     "attention_sm90.cu": ("HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D"),
+    "attention_backward_sm90.cu": ("HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D"),
 }
 
 
@@ -111,21 +104,14 @@ def test_hopper_kernels_have_hoppers_instructions(reports, listing, source):
             assert instruction in code, (name, instruction)
 
 
-@pytest.mark.parametrize(
-    "source", [name for name in HOPPER if name.startswith("attention")]
-)
+@pytest.mark.parametrize("source", [name for name in HOPPER if name.startswith("attention")])
 def test_exponentials_overlap_products(listing, source):
     """The kernel's loop: they lie between the wait for the scores and that for the other product,
     from where the compiler likes to move them behind both."""
     for name, code in listing(source).items():
         events = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]", code)
-        line = "".join(
-            {"H": "g", "M": "e"}.get(event[0], event[-1]) for event in events
-        )
-        assert re.search(r"g1e{16,}0", line) or re.search(r"g1e{16,}g+0", line), (
-            name,
-            line,
-        )
+        line = "".join({"H": "g", "M": "e"}.get(event[0], event[-1]) for event in events)
+        assert re.search(r"g1e{16,}0", line) or re.search(r"g1e{16,}g+0", line), (name, line)
 
 
 def test_sources_are_found():
@@ -133,17 +119,13 @@ def test_sources_are_found():
 
 
 def sources_of(*patterns):
-    return [
-        path for pattern in patterns for path in sorted((CSRC / "cuda").rglob(pattern))
-    ]
+    return [path for pattern in patterns for path in sorted((CSRC / "cuda").rglob(pattern))]
 
 
 def test_inline_ptx_is_in_prim_only():
     ptx = re.compile(r"\basm\b")
     using = [
-        path
-        for path in sources_of("*.cu", "*.cuh", "*.h", "*.cpp")
-        if ptx.search(path.read_text())
+        path for path in sources_of("*.cu", "*.cuh", "*.h", "*.cpp") if ptx.search(path.read_text())
     ]
     assert using, "the pattern finds nothing"
     assert {path.parent.name for path in using} == {"prim"}
@@ -164,11 +146,7 @@ def test_cuda_build_registers_its_kernels():
 
     if fastnn._C.build_info()["cuda"] is None:
         pytest.skip("fastnn._C was built without CUDA")
-    assert (
-        torch.version.cuda.split(".")[0] == fastnn._C.build_info()["cuda"].split(".")[0]
-    )
+    assert torch.version.cuda.split(".")[0] == fastnn._C.build_info()["cuda"].split(".")[0]
     for ops in _ops.FAMILIES.values():
         for op in ops:
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(
-                f"fastnn::{op}", "CUDA"
-            )
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{op}", "CUDA")
