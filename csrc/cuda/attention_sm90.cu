@@ -1,15 +1,15 @@
 // Attention's forward on Hopper: out = softmax(scale Q K^T) V and lse, of half types. Dao,
 // "FlashAttention-2" (2023), algorithm 1; Shah et al., "FlashAttention-3" (2024), its overlaps.
-// Work: resident blocks take tiles of 128 queries (192 for head dims to 64) of a head, the longest
-//   first. One thread has the copy engine fill rings of key and value tiles; of the other warp
-//   groups each has 64 queries, issues Q K^T of the next keys before P V of these, so that its
-//   softmax is hidden, and takes turns with its neighbours, so that one multiplies while the other
-//   is in its softmax. Keys go from last to first: those that the band cuts come first.
+// Work: resident blocks take tiles of 128 queries (192 for head dims to 64) of a head, longest
+//   first. One thread has the copy engine fill rings of keys and values, last keys first. Of the
+//   other warp groups each has 64 queries, starts Q K^T of the next keys before P V of these, so
+//   that its softmax is hidden, and takes turns with its neighbours in starting products.
 // Memory: Q, two stages of K and V, and out (in Q's place for head dims above 128) in shared
 //   memory; scores, probabilities and the sum in registers. Other head dims are padded with zeros
 //   by the copy engine, ragged sizes are its bounds.
-// Numerics: float sums, exp2 with the scale folded in, P rounded for its product. A key that no
-//   query sees is not read; one that its tile's other queries see counts 0, but 0 NaN is NaN.
+// Numerics: float sums, exp2 with the scale folded in, P rounded for its product.
+// Limits: attention_forward_sm90_serves. A key that no query sees is not read; one that another
+//   query of the tile sees counts 0, but 0 NaN is NaN. Not measured on a GPU yet.
 #include "cuda/attention_sm90.cuh"
 #include "cuda/prim/online_softmax.cuh"
 
