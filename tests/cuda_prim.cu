@@ -7,6 +7,7 @@
 
 #include "cuda/prim/copy.cuh"
 #include "cuda/prim/mbarrier.cuh"
+#include "cuda/prim/named_barrier.cuh"
 #include "cuda/prim/tma.cuh"
 #include "cuda/prim/wgmma.cuh"
 
@@ -203,6 +204,162 @@ static void sum() {
   report("copy engine: a box of floats added", right);
 }
 
+// --- a box of a tensor of four dimensions, permuted in memory: in and out
+
+__global__ void box_of_four_kernel(const __grid_constant__ BoxProblem p) {
+  char* box = dynamic_shared();
+  auto* barrier = reinterpret_cast<Mbarrier*>(box + 16 * kSwizzleRow);
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_fence_init();
+    mbarrier_arrive_expect(barrier, 16 * kSwizzleRow);
+    load_box(box, p.from, p.column, p.row, p.part, 1, barrier);
+    mbarrier_wait(barrier, 0);
+    store_box(p.to, p.column, p.row, p.part, 1, box);
+    store_commit();
+    store_wait_read();
+  }
+}
+
+static void box_of_four() {
+  const int columns = 72, rows = 21, parts = 3, batches = 2, column = 64, row = 10, part = 2;
+  const std::vector<T> source = small_integers(columns * rows * parts * batches);
+  const T mark = __float2bfloat16_rn(99.f);
+  T* to = to_device(std::vector<T>(source.size(), mark));
+  BoxProblem p = {};
+  // [batches, rows, parts, columns] in memory
+  TensorView view = {to_device(source), columns, rows, parts, parts * columns, columns, 16,
+                     batches, rows * parts * columns};
+  check_cuda(make_tensor_map(view, Storage::kBFloat16, &p.from), "tensor map");
+  view.data = to;
+  check_cuda(make_tensor_map(view, Storage::kBFloat16, &p.to), "tensor map");
+  p.column = column, p.row = row, p.part = part;
+  launch(box_of_four_kernel, 1, 32, 16 * kSwizzleRow + 64, "box of four", p);
+  const auto copied = from_device(to, source.size());
+  bool right = true;
+  for (int at = 0; at < static_cast<int>(source.size()); ++at) {
+    const int c = at % columns, q = at / columns % parts, r = at / columns / parts % rows;
+    const int b = at / columns / parts / rows;
+    const bool inside = b == 1 && q == part && r >= row && r < row + 16 && c >= column;
+    right &= number(copied[at]) == (inside ? number(source[at]) : 99.f);
+  }
+  report("copy engine: a box of four dimensions", right);
+}
+
+// --- barriers by number: three warps take turns, sixteen times
+
+__global__ void turns_kernel(int* order) {
+  const int warp = threadIdx.x / 32;
+  auto* count = reinterpret_cast<int*>(dynamic_shared());
+  if (threadIdx.x == 0) *count = 0;
+  __syncthreads();
+  if (warp == 0) named_barrier_arrive(1, 64);
+  for (int turn = 0; turn < 16; ++turn) {
+    named_barrier_wait(1 + warp, 64);
+    if (threadIdx.x % 32 == 0) {
+      order[*count] = warp;
+      ++*count;
+    }
+    __syncwarp();
+    named_barrier_arrive(1 + (warp + 1) % 3, 64);
+  }
+  if (warp == 0) named_barrier_wait(1, 64);
+}
+
+static void turns() {
+  int* order = to_device(std::vector<int>(48, -1));
+  launch(turns_kernel, 1, 96, 64, "turns", order);
+  const auto got = from_device(order, 48);
+  bool right = true;
+  for (int i = 0; i < 48; ++i) right &= got[i] == i % 3;
+  report("named barriers: three warps in turn", right);
+}
+
+// --- one product of 64 x N x 16 of other widths: A from shared memory, then from registers
+
+struct WidthProblem {
+  TensorMap a, b;
+  float* d;
+};
+
+template <int kN, bool kBAcross, bool kFromRegisters>
+__global__ void __launch_bounds__(128) width_kernel(const __grid_constant__ WidthProblem p) {
+  if constexpr (kHasWgmma) {
+    constexpr int kBoxes = kBAcross ? (kN + 63) / 64 : 1, kRows = kBAcross ? 16 : kN;
+    constexpr int kBoxB = kRows * kSwizzleRow, kBoxA = 64 * kSwizzleRow;
+    char* a = dynamic_shared();
+    char* b = a + kBoxA;
+    auto* barrier = reinterpret_cast<Mbarrier*>(b + kBoxes * kBoxB);
+    if (threadIdx.x == 0) {
+      mbarrier_init(barrier, 1);
+      mbarrier_fence_init();
+      mbarrier_arrive_expect(barrier, kBoxA + kBoxes * kBoxB);
+      load_box(a, p.a, 0, 0, 0, barrier);
+      for (int i = 0; i < kBoxes; ++i) load_box(b + i * kBoxB, p.b, 64 * i, 0, 0, barrier);
+    }
+    __syncthreads();
+    mbarrier_wait(barrier, 0);
+    float acc[kN / 2];
+    const uint64_t db = matrix_descriptor(shared_address(b), kBoxB, kSwizzlePattern);
+    if constexpr (kFromRegisters) {
+      uint32_t words[4];
+      for (int i = 0; i < 4; ++i) {
+        const int at = fragment_row(threadIdx.x, 2 * i) * kSwizzleRow +
+                       fragment_column(threadIdx.x, 2 * i) * 2;
+        words[i] = *reinterpret_cast<const uint32_t*>(a + swizzled(at));
+      }
+      wgmma_fence();
+      wgmma<T, kBAcross>(acc, words, db, false);
+      wgmma_commit();
+      wgmma_wait<0>();
+    } else {
+      wgmma_fence();
+      wgmma<T, false, kBAcross>(acc, matrix_descriptor(shared_address(a), 0, kSwizzlePattern), db,
+                                false);
+      wgmma_commit();
+      wgmma_wait<0>();
+    }
+    pin(acc);
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) {
+      p.d[fragment_row(threadIdx.x, i) * kN + fragment_column(threadIdx.x, i)] = acc[i];
+    }
+  }
+}
+
+template <int kN, bool kBAcross, bool kFromRegisters>
+static void width(const char* what) {
+  const auto a = small_integers(64 * 64), b = small_integers(kN * 64);  // 16 of K are taken
+  float* d = to_device(std::vector<float>(64 * kN, -1.f));
+  const int columns = kBAcross ? kN : 64, rows = kBAcross ? 16 : kN;
+  WidthProblem p = {};
+  p.d = d;
+  check_cuda(make_tensor_map({to_device(a), 64, 64, 1, 64, 64, 64}, Storage::kBFloat16, &p.a), "tensor map");
+  check_cuda(
+      make_tensor_map({to_device(b), columns, rows, 1, columns, columns, rows}, Storage::kBFloat16, &p.b),
+      "tensor map");
+  launch(width_kernel<kN, kBAcross, kFromRegisters>, 1, 128, (128 + kN) * kSwizzleRow, what, p);
+  const auto got = from_device(d, 64 * kN);
+  int wrong = 0;
+  for (int m = 0; m < 64; ++m) {
+    for (int n = 0; n < kN; ++n) {
+      float sum = 0.f;
+      for (int k = 0; k < 16; ++k) {
+        sum += number(a[m * 64 + k]) * number(b[kBAcross ? k * kN + n : n * 64 + k]);
+      }
+      wrong += got[m * kN + n] != sum;
+    }
+  }
+  if (wrong > 0) std::printf("     %d of %d differ\n", wrong, 64 * kN);
+  report(what, wrong == 0);
+}
+
+template <int kN>
+static void widths(const char* shared, const char* registers) {
+  width<kN, false, false>(shared);
+  if constexpr (kN % 64 == 0) width<kN, true, true>(registers);
+}
+
 // --- one product of 64 x 256 x 64, each operand stored along and across K
 
 struct TileProblem {
@@ -234,9 +391,9 @@ __global__ void __launch_bounds__(128) tile_kernel(const __grid_constant__ TileP
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      wgmma_m64n256k16<T, kAAcross, kBAcross>(
-          acc, advanced(da, step * 16 * (kAAcross ? kSwizzleRow : 2)),
-          advanced(db, step * 16 * (kBAcross ? kSwizzleRow : 2)), step > 0);
+      wgmma<T, kAAcross, kBAcross>(acc, advanced(da, step * 16 * (kAAcross ? kSwizzleRow : 2)),
+                                   advanced(db, step * 16 * (kBAcross ? kSwizzleRow : 2)),
+                                   step > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -280,6 +437,12 @@ int main() {
   round_trip();
   box();
   sum();
+  box_of_four();
+  turns();
+  widths<64>("wgmma of 64 columns", "wgmma of 64 columns: A from registers, B across K");
+  widths<80>("wgmma of 80 columns", "");
+  widths<128>("wgmma of 128 columns", "wgmma of 128 columns: A from registers, B across K");
+  widths<256>("wgmma of 256 columns", "wgmma of 256 columns: A from registers, B across K");
   tile<false, false>("wgmma: A along K, B along K");
   tile<false, true>("wgmma: A along K, B across K");
   tile<true, false>("wgmma: A across K, B along K");

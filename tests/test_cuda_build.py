@@ -69,17 +69,56 @@ def test_compiles_without_spills(reports, source, target):
     assert all(kernel["target"] == f"sm_{target}" for kernel in kernels)
 
 
-def test_the_hopper_product_has_hoppers_instructions(reports):
-    """wgmma (HGMMA), the copy engine (UTMALDG, UTMASTG), registers that change hands."""
+@pytest.fixture(scope="module")
+def listing(reports):
+    """The machine code of a Hopper source: {kernel: its instructions}."""
     triton = importlib.util.find_spec("triton")
     tools = "" if triton is None else str(Path(triton.origin).parent / "backends/nvidia/bin")
     disassembler = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=tools)
     if disassembler is None:
         pytest.skip("cuobjdump was not found")
-    cubin = reports["linear_act_sm90.cu", "90a"].args[-1]
-    listing = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True).stdout
-    for instruction in ("HGMMA.64x256x16", "UTMALDG", "UTMASTG", "UTMAREDG", "USETMAXREG", "STSM"):
-        assert instruction in listing, instruction
+
+    def disassemble(source):
+        cubin = reports[source, "90a"].args[-1]
+        sass = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True).stdout
+        _, *rest = re.split(r"Function : (\w+)", sass)
+        return dict(zip(rest[::2], rest[1::2], strict=True))
+
+    return disassemble
+
+
+HOPPER = {
+    "linear_act_sm90.cu": ("HGMMA.64x256x16", "UTMALDG.3D"),
+    "attention_sm90.cu": ("HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "STSM"),
+    "attention_backward_sm90.cu": ("HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "STSM"),
+}
+
+
+@pytest.mark.parametrize("source", HOPPER)
+def test_hopper_kernels_have_hoppers_instructions(reports, listing, source):
+    """wgmma (HGMMA), the copy engine (UTMALDG, UTMASTG), registers that change hands; and no
+    product that the compiler makes the next one wait for."""
+    assert "wgmma" not in reports[source, "90a"].stderr, reports[source, "90a"].stderr
+    for name, code in listing(source).items():
+        for instruction in (*HOPPER[source], "USETMAXREG"):
+            assert instruction in code, (name, instruction)
+
+
+def test_hopper_products_leave_by_the_copy_engine(listing):
+    """Half types stored, floats added; evaluation's statistics leave by themselves."""
+    kernels = listing("linear_act_sm90.cu").values()
+    for instructions in (("STSM", "UTMASTG.3D"), ("UTMAREDG.3D",)):
+        assert any(all(i in code for i in instructions) for code in kernels), instructions
+
+
+@pytest.mark.parametrize("source", [name for name in HOPPER if name.startswith("attention")])
+def test_exponentials_overlap_products(listing, source):
+    """The kernel's loop: they lie between the wait for the scores and that for the other product,
+    from where the compiler likes to move them behind both."""
+    for name, code in listing(source).items():
+        events = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]", code)
+        line = "".join({"H": "g", "M": "e"}.get(event[0], event[-1]) for event in events)
+        assert re.search(r"g1e{16,}0", line) or re.search(r"g1e{16,}g+0", line), (name, line)
 
 
 def test_sources_are_found():

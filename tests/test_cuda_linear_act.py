@@ -369,7 +369,7 @@ def test_compile(path):
 
 
 def test_hoppers_instructions(tmp_path):
-    """tests/cuda_prim.cu: a barrier's round trip, boxes, and one product of each layout."""
+    """tests/cuda_prim.cu: barriers, boxes, and products of every layout, width and source of A."""
     if torch.cuda.get_device_capability() != (9, 0) or find_nvcc() is None:
         pytest.skip("needs a Hopper device and nvcc")
     program = tmp_path / "cuda_prim"

@@ -97,11 +97,9 @@ bool attention_sm90_built();
 bool attention_forward_sm90_serves(const AttentionForward& problem);
 cudaError_t attention_forward_sm90_cuda(const AttentionForward& problem, int multiprocessors,
                                         cudaStream_t stream);
-// dQ, dK and dV after attention_rows_cuda, all three or none; `scratch` is
-// attention_backward_sm90_scratch bytes.
+// After attention_rows_cuda: dQ, and dK and dV (both or neither), where wanted.
 bool attention_backward_sm90_serves(const AttentionBackward& problem);
-int64_t attention_backward_sm90_scratch(const AttentionBackward& problem);
-cudaError_t attention_backward_sm90_cuda(const AttentionBackward& problem, void* scratch,
-                                         int multiprocessors, cudaStream_t stream);
+cudaError_t attention_backward_sm90_cuda(const AttentionBackward& problem, int multiprocessors,
+                                         cudaStream_t stream);
 
 }  // namespace fastnn

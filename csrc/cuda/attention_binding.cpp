@@ -31,11 +31,9 @@ using std::optional;
 // What visit_width of attention_tile.cuh serves.
 constexpr int64_t kMaxHeadDim = 256, kMaxLength = int64_t{1} << 29;
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+// Whether Hopper's kernels serve a problem: what they leave goes to the portable ones.
+bool on_hopper(const Device& device, bool served) {
+  return served && device.capability == 90 && attention_sm90_built();
 }
 
 // Arguments that both directions take, as the schema has them.
@@ -175,13 +173,17 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
   if (lse.numel() == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
-  p.splits = attention_splits(p, multiprocessors());
+  const Device gpu = current_device();
+  p.splits = attention_splits(p, gpu.multiprocessors);
   Tensor partial;
   if (p.splits > 1) {
     partial = at::empty({attention_split_scratch(p, p.splits)}, lse.options());
     p.partial = partial.mutable_data_ptr<float>();
   }
-  C10_CUDA_CHECK(attention_forward_portable_cuda(p, c10::cuda::getCurrentCUDAStream()));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(on_hopper(gpu, attention_forward_sm90_serves(p))
+                     ? attention_forward_sm90_cuda(p, gpu.multiprocessors, stream)
+                     : attention_forward_portable_cuda(p, stream));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {out, lse};
 }
@@ -256,7 +258,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   const auto stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(attention_rows_cuda(p, stream));
-  C10_CUDA_CHECK(attention_backward_portable_cuda(p, stream));
+  const Device gpu = current_device();
+  C10_CUDA_CHECK(on_hopper(gpu, attention_backward_sm90_serves(p))
+                     ? attention_backward_sm90_cuda(p, gpu.multiprocessors, stream)
+                     : attention_backward_portable_cuda(p, stream));
   if (output_mask[4]) C10_CUDA_CHECK(attention_sinks_gradient_cuda(p, stream));
   Tensor mask_sums, mask_partial;
   if (output_mask[3] && !empty) {

@@ -16,19 +16,6 @@
 
 namespace fastnn {
 
-struct Device {
-  int capability, multiprocessors;
-};
-
-inline Device current_device() {
-  int device = 0, major = 0, minor = 0, multiprocessors = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return {10 * major + minor, multiprocessors};
-}
-
 // A B^T of matrices whose neighbouring columns are neighbours in memory; the epilogue is to be set.
 inline GemmProblem gemm_problem(const at::Tensor& a, const at::Tensor& b, GemmLayout layout) {
   const bool along_a = layout != GemmLayout::kTN, along_b = layout == GemmLayout::kNT;

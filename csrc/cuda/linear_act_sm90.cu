@@ -13,6 +13,7 @@
 #include "cuda/linear_act_epilogue.cuh"
 #include "cuda/linear_cross_entropy_epilogue.cuh"
 #include "cuda/prim/mbarrier.cuh"
+#include "cuda/prim/ring.cuh"
 #include "cuda/prim/shared.cuh"
 #include "cuda/prim/tma.cuh"
 #include "cuda/prim/wgmma.cuh"
@@ -81,19 +82,6 @@ struct Tiles {
   }
 };
 
-// Counts uses of a ring's slots: which slot, and how often the ring was gone round.
-template <int kSlots>
-struct Ring {
-  int slot = 0, round = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == kSlots) {
-      slot = 0;
-      ++round;
-    }
-  }
-  __device__ __forceinline__ int parity() const { return round % 2; }
-};
-
 // Shared memory: the stages, P in 2 x 4 boxes of 64 x 64, the barriers.
 struct Memory {
   char* base;
@@ -151,18 +139,6 @@ __device__ __forceinline__ void load_tiles(const Sm90Problem& p, const Tiles& ti
       ring.next();
     }
   });
-}
-
-// Two neighbouring elements as one word.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float x, float y) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(x, y);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
 }
 
 // Half of a warp group's float products to shared memory: 128 columns, in boxes of 32.
@@ -225,8 +201,8 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Problem& p, const Tiles
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kDepth / 16; ++step) {
-        wgmma_m64n256k16<T, !kAAlongK, !kBAlongK>(acc, advanced(a, step * kStepA),
-                                                  advanced(b, step * kStepB), k + step > 0);
+        wgmma<T, !kAAlongK, !kBAlongK>(acc, advanced(a, step * kStepA), advanced(b, step * kStepB),
+                                       k + step > 0);
       }
       wgmma_commit();
       // One step stays under way; the one before it is over, and its stage free.
@@ -269,8 +245,8 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Problem& p, const Tiles
           x[i] += to_float(pair[i % 2]);
         }
       }
-      const uint32_t words[4] = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]),
-                                 pack<T>(x[6], x[7])};
+      const uint32_t words[4] = {pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3]),
+                                 pack_pair<T>(x[4], x[5]), pack_pair<T>(x[6], x[7])};
       const uint32_t at = row * kSwizzleRow + (j % 8 + lane / 16) * 16;
       store_matrices(out + j / 8 * kBox + swizzled(at), words);
     }

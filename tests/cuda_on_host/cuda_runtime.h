@@ -151,6 +151,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier all;
+  Barrier groups[8];  // of four warps
   Barrier named[16];
   std::vector<Task> copies;  // by the copy engine, done at a random time
   char* shared = nullptr;    // dynamic
@@ -182,8 +183,8 @@ inline void dawdle() {
   for (int turns = random_number() % 32 == 0 ? 60 : 0; turns > 0; --turns) pause();
 }
 
-// Returns the generation's slot set, once every thread has arrived.
-inline int wait(Barrier& barrier, bool predicate) {
+// Returns the generation that this thread is of.
+inline unsigned arrive(Barrier& barrier, bool predicate) {
   const unsigned generation = barrier.generation;
   const int set = generation % 2;
   barrier.any[set] = barrier.any[set] || predicate;
@@ -191,10 +192,15 @@ inline int wait(Barrier& barrier, bool predicate) {
     barrier.arrived = 0;
     barrier.any[1 - set] = false;
     ++barrier.generation;
-    return set;
   }
-  wait_for(barrier.generation, generation);
-  return set;
+  return generation;
+}
+
+// Returns the generation's slot set, once every thread has arrived.
+inline int wait(Barrier& barrier, bool predicate) {
+  const unsigned generation = arrive(barrier, predicate);
+  if (barrier.generation == generation) wait_for(barrier.generation, generation);
+  return generation % 2;
 }
 
 inline void enter() {

@@ -106,34 +106,33 @@ __device__ __forceinline__ Packet<T> load_packet(const T* pointer) {
 template <typename T>
 using PairOf = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
 
-template <typename T, int kCount>
-__device__ __forceinline__ void pack(Packet<T>& packet, int begin, const float (&x)[kCount]) {
-  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
-#pragma unroll
-    for (int k = 0; k < kCount; k += 2) {
-      PairOf<T>& pair = reinterpret_cast<PairOf<T>*>(&packet)[(begin + k) / 2];
-      if constexpr (std::is_same_v<T, __half>) {
-        pair = __floats2half2_rn(x[k], x[k + 1]);
-      } else {
-        pair = __floats2bfloat162_rn(x[k], x[k + 1]);
-      }
-    }
+template <typename T>
+__device__ __forceinline__ PairOf<T> pair_of(float x, float y) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __floats2half2_rn(x, y);
   } else {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) packet.values[begin + k] = from_float<T>(x[k]);
+    return __floats2bfloat162_rn(x, y);
   }
 }
 
 // Two floats rounded, the first in the low half: a word of an mma fragment.
 template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  PairOf<T> pair;
-  if constexpr (std::is_same_v<T, __half>) {
-    pair = __floats2half2_rn(low, high);
-  } else {
-    pair = __floats2bfloat162_rn(low, high);
-  }
+__device__ __forceinline__ uint32_t pack_pair(float x, float y) {
+  const PairOf<T> pair = pair_of<T>(x, y);
   return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void pack(Packet<T>& packet, int begin, const float (&x)[kCount]) {
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; k += 2) {
+      reinterpret_cast<PairOf<T>*>(&packet)[(begin + k) / 2] = pair_of<T>(x[k], x[k + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) packet.values[begin + k] = from_float<T>(x[k]);
+  }
 }
 
 // The largest element of some packets; NaN only if they have nothing else.

@@ -10,13 +10,15 @@ namespace fastnn {
 
 using TensorMap = CUtensorMap;
 
-// A view [parts, rows, columns] of half types or float, of which boxes [1, box_rows, 128 bytes] are
-// copied, swizzled in shared memory; what lies outside of it reads as 0 and is not written. Strides
-// in elements; they and the address have to be multiples of 16 bytes.
+// A view [parts, rows, columns], or [batches, parts, rows, columns], of half types or float, of
+// which boxes [1, box_rows, 128 bytes] are copied, swizzled in shared memory; what lies outside of
+// it reads as 0 and is not written. Strides in elements; they and the address have to be multiples
+// of 16 bytes.
 struct TensorView {
   const void* data;
   int64_t columns, rows, parts, row_stride, part_stride;
   int box_rows;
+  int64_t batches = 0, batch_stride = 0;  // 0 batches: no such dimension, nor in a box's place
 };
 
 // The entry point is asked of the runtime: nothing is linked to the driver's library.
@@ -32,20 +34,22 @@ inline cudaError_t make_tensor_map(const TensorView& view, Storage storage, Tens
                : nullptr;
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(view.columns),
-                               static_cast<cuuint64_t>(view.rows),
-                               static_cast<cuuint64_t>(view.parts)};
   const cuuint32_t size = storage == Storage::kFloat32 ? 4 : 2;
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(view.row_stride) * size,
-                                 static_cast<cuuint64_t>(view.part_stride) * size};
-  const cuuint32_t box[3] = {128 / size, static_cast<cuuint32_t>(view.box_rows), 1};
-  const cuuint32_t steps[3] = {1, 1, 1};
+  const cuuint64_t sizes[4] = {
+      static_cast<cuuint64_t>(view.columns), static_cast<cuuint64_t>(view.rows),
+      static_cast<cuuint64_t>(view.parts), static_cast<cuuint64_t>(view.batches)};
+  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(view.row_stride) * size,
+                                 static_cast<cuuint64_t>(view.part_stride) * size,
+                                 static_cast<cuuint64_t>(view.batch_stride) * size};
+  const cuuint32_t box[4] = {128 / size, static_cast<cuuint32_t>(view.box_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint32_t rank = view.batches > 0 ? 4 : 3;
   const CUtensorMapDataType type = storage == Storage::kFloat32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : storage == Storage::kFloat16
                                        ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                        : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
-      encode(map, type, 3, const_cast<void*>(view.data), sizes, strides, box, steps,
+      encode(map, type, rank, const_cast<void*>(view.data), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -65,7 +69,18 @@ __device__ __forceinline__ void load_box(void* shared, const TensorMap& map, int
       : "memory");
 }
 
-// The same into every block of `blocks` (a bit for each of the cluster), at their barriers.
+// The box at (batch, part, row, column).
+__device__ __forceinline__ void load_box(void* shared, const TensorMap& map, int column, int row,
+                                         int part, int batch, Mbarrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(column), "r"(row), "r"(part), "r"(batch), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// A box at (part, row, column) into every block of `blocks` (a bit for each of the cluster), at
+// their barriers.
 __device__ __forceinline__ void load_box_multicast(void* shared, const TensorMap& map, int column,
                                                    int row, int part, Mbarrier* barrier,
                                                    uint16_t blocks) {
@@ -83,6 +98,15 @@ __device__ __forceinline__ void store_box(const TensorMap& map, int column, int 
       "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(
           &map),
       "r"(column), "r"(row), "r"(part), "r"(shared_address(shared))
+      : "memory");
+}
+
+__device__ __forceinline__ void store_box(const TensorMap& map, int column, int row, int part,
+                                          int batch, const void* shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::
+          "l"(&map),
+      "r"(column), "r"(row), "r"(part), "r"(batch), "r"(shared_address(shared))
       : "memory");
 }
 

@@ -20,12 +20,15 @@ inline void wgmma_commit() { on_host::commit_group(); }
 // The whole warp group's products are over when one thread's wait is.
 template <int kPending>
 void wgmma_wait() {
-  auto& barrier = on_host::block->named[threadIdx.x / 128];
+  auto& barrier = on_host::block->groups[threadIdx.x / 128];
   barrier.size = 128;
   on_host::wait(barrier, false);
   on_host::wait_groups(kPending);
   on_host::wait(barrier, false);
 }
+
+template <int kCount>
+void pin(float (&)[kCount]) {}
 
 // Element (mn, k) of the operand that a descriptor describes, as the PTX manual's canonical layouts
 // of the 128-byte swizzle place it.
@@ -42,28 +45,57 @@ float described(const char* shared, uint64_t descriptor, int mn, int k) {
   return to_float(*reinterpret_cast<const T*>(shared + swizzled(field(0) + offset)));
 }
 
-template <typename T, bool kAAcross, bool kBAcross>
-void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+// D += A B of one thread: its two rows of A are left[.][k].
+template <typename T, bool kBAcross, int kRegisters>
+void multiply_add(float (&d)[kRegisters], const float (&left)[2][16], uint64_t b, bool accumulate) {
   const int thread = threadIdx.x % 128;
   const char* const shared = on_host::block->shared;
+  for (int i = 0; i < kRegisters; ++i) {
+    if (i / 2 % 2 == 1) continue;  // the same columns as i - 2
+    float right[16];
+    for (int k = 0; k < 16; ++k) {
+      right[k] = described<T, kBAcross>(shared, b, fragment_column(thread, i), k);
+    }
+    for (int half = 0; half < 2; ++half) {
+      float sum = accumulate ? d[i + 2 * half] : 0.f;
+      for (int k = 0; k < 16; ++k) sum += left[half][k] * right[k];
+      d[i + 2 * half] = sum;
+    }
+  }
+}
+
+template <typename T, bool kAAcross, bool kBAcross, int kRegisters>
+void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
   on_host::fiber().open.push_back([=, &d] {
-    float left[2][16], right[16];
+    float left[2][16];
     for (int i = 0; i < 2; ++i) {
       for (int k = 0; k < 16; ++k) {
-        left[i][k] = described<T, kAAcross>(shared, a, fragment_row(thread, 2 * i), k);
+        left[i][k] = described<T, kAAcross>(on_host::block->shared, a,
+                                            fragment_row(threadIdx.x % 128, 2 * i), k);
       }
     }
-    for (int i = 0; i < 128; ++i) {
-      if (i / 2 % 2 == 1) continue;  // the same columns as i - 2
-      for (int k = 0; k < 16; ++k) {
-        right[k] = described<T, kBAcross>(shared, b, fragment_column(thread, i), k);
+    multiply_add<T, kBAcross>(d, left, b, accumulate);
+  });
+}
+
+// A from registers, which other lanes of the row hold too: they are exchanged when the product is
+// due, so that one that was touched meanwhile shows.
+template <typename T, bool kBAcross, int kRegisters>
+void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  on_host::fiber().open.push_back([=, &d, &a] {
+    float left[2][16];
+    const int lane = threadIdx.x % 32;
+    on_host::exchange(&a, [&](const void* const* lanes) {
+      for (int t = 0; t < 4; ++t) {
+        const auto* words = static_cast<const uint32_t*>(lanes[lane / 4 * 4 + t]);
+        for (int i = 0; i < 4; ++i) {
+          T pair[2];
+          std::memcpy(pair, &words[i], sizeof(pair));
+          for (int e = 0; e < 2; ++e) left[i % 2][i / 2 * 8 + 2 * t + e] = to_float(pair[e]);
+        }
       }
-      for (int half = 0; half < 2; ++half) {
-        float sum = accumulate ? d[i + 2 * half] : 0.f;
-        for (int k = 0; k < 16; ++k) sum += left[half][k] * right[k];
-        d[i + 2 * half] = sum;
-      }
-    }
+    });
+    multiply_add<T, kBAcross>(d, left, b, accumulate);
   });
 }
 
