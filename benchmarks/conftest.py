@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import accuracy, common
+from benchmarks import accuracy, common, timing
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def time_step(benchmark):
         tensors = common.make_inputs(case, device)
         step = common.prepare(case, provider, tensors)
         errors = accuracy.Oracle(case, tensors).errors(provider, step)
-        clock = common.Clock(device)
+        clock = timing.Clock(device)
         with provider.context():
             once = clock.sample(step, 1)
 

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from benchmarks import common, machine, memory
+from benchmarks import common, machine, memory, timing
 from benchmarks.common import BOTH, FWD, Case
 
 GEMMS = (
@@ -246,7 +246,7 @@ def measure(case, device, clock, roofs, rounds, compiled) -> dict:
             del result
         except Exception as error:  # a peer's failure is a result
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    times = common.interleaved(steps, clock, rounds)
+    times = timing.interleaved(steps, clock, rounds)
     by_bytes = case.family == "cross_entropy" or case.sizes.get("S", 16) < 16
     work = case.amount(case.bytes if by_bytes else case.flops)
     roof = roofs["copy_bytes_per_s"] if by_bytes else roofs["gemm_flops_per_s"][case.dtype]
@@ -258,7 +258,7 @@ def measure(case, device, clock, roofs, rounds, compiled) -> dict:
         row["roof_percent"] = 100 * work / roof / seconds
         row["times_bound"] = None if bound is None else seconds / bound
         if "eager" in times:
-            row.update(common.ratio_to(times["eager"], samples))
+            row.update(timing.ratio_to(times["eager"], samples))
     return {
         "family": case.family, "label": case.label, "sizes": case.sizes, "dtype": case.dtype,
         "pass": case.passes, "options": case.options, "work": work, "providers": rows,
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     started = time.perf_counter()
     device = torch.device("cuda")
-    clock = common.Clock(device)
+    clock = timing.Clock(device)
     cases = [
         case
         for case in CASES

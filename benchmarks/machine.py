@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, timing
 
 # What holds torch's own kernels back to an older instruction set, each library's by its own.
 _ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
@@ -95,7 +95,7 @@ def slug(machine: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + f"-{machine['date'][:10]}"
 
 
-def _best_seconds(step, clock: common.Clock, repeats: int, budget_s: float) -> float:
+def _best_seconds(step, clock: timing.Clock, repeats: int, budget_s: float) -> float:
     clock.sample(step, 1)
     best, spent = float("inf"), time.perf_counter()
     for turn in range(repeats):
@@ -105,7 +105,7 @@ def _best_seconds(step, clock: common.Clock, repeats: int, budget_s: float) -> f
     return best
 
 
-def copy_rate(device: torch.device, clock: common.Clock, megabytes: int = 256) -> float:
+def copy_rate(device: torch.device, clock: timing.Clock, megabytes: int = 256) -> float:
     """Bytes read plus bytes written per second by `copy_`; the best of several."""
     source = torch.randn(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
@@ -113,13 +113,13 @@ def copy_rate(device: torch.device, clock: common.Clock, megabytes: int = 256) -
     return 2 * source.nbytes / seconds
 
 
-def gemm_rate(dtype: str, device: torch.device, clock: common.Clock, size: int | None = None):
+def gemm_rate(dtype: str, device: torch.device, clock: timing.Clock, size: int | None = None):
     """FLOP/s of torch's own square matrix product; the best of several."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(common.DTYPES[dtype]) for _ in range(2))
     return 2 * size**3 / _best_seconds(lambda: a @ b, clock, 8, 1.0)
 
 
-def roofs(dtypes, device: torch.device, clock: common.Clock) -> dict:
+def roofs(dtypes, device: torch.device, clock: timing.Clock) -> dict:
     gemms = {dtype: gemm_rate(dtype, device, clock) for dtype in sorted(set(dtypes))}
     return {"copy_bytes_per_s": copy_rate(device, clock), "gemm_flops_per_s": gemms}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import accuracy, common, machine, memory
+from benchmarks import accuracy, common, machine, memory, timing
 
 SCHEMA = 1
 
@@ -43,7 +43,7 @@ def run_case(
     case: common.Case,
     providers: list[common.Provider],
     device: torch.device,
-    clock: common.Clock,
+    clock: timing.Clock,
     roofs: dict,
     settings: Settings,
 ) -> dict:
@@ -61,14 +61,14 @@ def run_case(
         row["error"] = None if errors is None else max(errors.values())
         steps[provider.name] = (provider, step)
     del oracle
-    times = common.interleaved(steps, clock, settings.rounds, settings.sample_s, settings.case_s)
+    times = timing.interleaved(steps, clock, settings.rounds, settings.sample_s, settings.case_s)
     floor = _floor(case, roofs)
     eager_error = rows["eager"]["error"]
     for name, row in rows.items():
         samples = [t for t in times[name] if t is not None]
         row["seconds"] = statistics.median(samples)
         row["samples"] = samples
-        row.update(common.ratio_to(times["eager"], times[name]))
+        row.update(timing.ratio_to(times["eager"], times[name]))
         per_s = floor["bytes" if floor["bound"] == "copy" else "flops"] / row["seconds"]
         row["rate"] = per_s / (1e9 if floor["bound"] == "copy" else 1e12)
         row["rate_unit"] = "GB/s" if floor["bound"] == "copy" else "TFLOP/s"
@@ -104,7 +104,7 @@ def run(
     on_row: Callable[[dict], None] = lambda row: None,
 ) -> dict:
     cases = list(cases)
-    clock = common.Clock(device)
+    clock = timing.Clock(device)
     described = machine.describe(device)
     roofs = machine.roofs((case.dtype for case in cases), device, clock)
     rows = []

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, common, gpu_cases, machine, memory, report, runner
+from benchmarks import accuracy, common, gpu_cases, machine, memory, report, runner, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFLIGHT = ROOT / ".ci" / "preflight.py"
@@ -45,7 +45,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def rows():
-    clock = common.Clock(CPU)
+    clock = timing.Clock(CPU)
     return [
         runner.run_case(case, common.serving(case, CPU, False), CPU, clock, ROOFS, SETTINGS)
         for case in TINY
@@ -112,7 +112,7 @@ def test_an_error_is_seen():
 
 
 def test_ratios_are_formed_within_a_round():
-    ratio = common.ratio_to([1.0, 2.0, None, 9.0], [0.5, 0.5, 1.0, None])
+    ratio = timing.ratio_to([1.0, 2.0, None, 9.0], [0.5, 0.5, 1.0, None])
     assert ratio["ratio"] == 3.0
     assert ratio["ratio_p20"] == pytest.approx(2.4) and ratio["ratio_p80"] == pytest.approx(3.6)
 
@@ -142,7 +142,7 @@ class FakeClock:
 def test_rounds_rotate_and_slow_providers_sit_out():
     clock = FakeClock()
     steps = {name: (EAGER, lambda name=name: name) for name in ("a", "b", "slow")}
-    times = common.interleaved(steps, clock, rounds=4, case_s=9.0)
+    times = timing.interleaved(steps, clock, rounds=4, case_s=9.0)
     assert times["slow"] == [8.0, 8.0, None, None]
     assert times["a"] == [0.25] * 4
     assert clock.order[-10:] == ["a", "b", "slow", "b", "slow", "a", "a", "b", "a", "b"]
@@ -158,7 +158,7 @@ def test_memory_is_measured_beyond_inputs_and_results():
 
 
 def test_machine_rates_and_description():
-    clock = common.Clock(CPU)
+    clock = timing.Clock(CPU)
     assert machine.copy_rate(CPU, clock, megabytes=1) > 1e6
     assert machine.gemm_rate("fp32", CPU, clock, size=64) > 1e6
     described = machine.describe(CPU)
