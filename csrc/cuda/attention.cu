@@ -116,16 +116,6 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
     load_keys(k_tile, p.key, p.dim, plan.key_aligned, begin);
   }
 
-  Line lines[kLines];
-  const auto make_lines = [&] {
-#pragma unroll
-    for (int r = 0; r < kLines; ++r) {
-      const int row = row0 + warp_row + 8 * r + g, query = row / plan.pack;
-      lines[r] = make_line(p, band, row < rows, query, b, h0 + row % plan.pack, query, 0);
-    }
-  };
-  // The other kernel needs them at the edges of the band only, and its registers.
-  if constexpr (kFull) make_lines();
   float m[kLines], l[kLines];
   Fragment<kBlocks, kDim> o = {};
 #pragma unroll
@@ -150,15 +140,21 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
     if (col0 + kCols < end) load_keys(k_tile, p.key, p.dim, plan.key_aligned, col0 + kCols);
 
     const bool whole = col0 >= all_begin && col0 + kCols <= all_end;
+    // Made for every tile: they would take registers that the products need.
+    Line lines[kLines];
+    if (kFull || !whole) {
+#pragma unroll
+      for (int r = 0; r < kLines; ++r) {
+        const int row = row0 + warp_row + 8 * r + g, query = row / plan.pack;
+        lines[r] = make_line(p, band, row < rows, query, b, h0 + row % plan.pack, query, 0);
+      }
+    }
     bool some_hidden = !whole;
     if constexpr (kFull) {
       finish_scores<T>(p, lines, col0, p.mask.col, s, [](int, int, int, float) {});
       some_hidden |= p.mask.data != nullptr;
     }
-    if (!whole) {
-      if constexpr (!kFull) make_lines();
-      hide_outside(lines, col0, s);
-    }
+    if (!whole) hide_outside(lines, col0, s);
 
     // P = exp(S - m), and the sums so far on the new maximum
     float largest[kLines], base[kLines];
