@@ -75,8 +75,11 @@ def host_binary(output, *arguments):
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs a C++ compiler with _Float16 on x86-64")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    # GCC would have all libraries of a process share their inline variables and static locals.
+    own = [] if "clang" in version else ["-fno-gnu-unique"]
     command = [
-        compiler, "-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas",
+        compiler, *own, "-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas",
         "-fsanitize=alignment,signed-integer-overflow,shift,bounds",
         "-fsanitize-undefined-trap-on-error", f"-I{ROOT / 'tests/cuda_on_host'}",
         f"-I{ROOT / 'csrc'}", *arguments, "-o", str(output),
