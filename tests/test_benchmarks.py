@@ -148,6 +148,13 @@ def test_rounds_rotate_and_slow_providers_sit_out():
     assert clock.order[-10:] == ["a", "b", "slow", "b", "slow", "a", "a", "b", "a", "b"]
 
 
+def test_short_cases_get_more_rounds():
+    steps = {name: (EAGER, lambda name=name: name) for name in ("a", "b")}
+    for sample_s, rounds in ((0.25, 12), (0.1, 4)):
+        times = timing.interleaved(steps, FakeClock(), 4, sample_s, short_factor=3)
+        assert len(times["a"]) == len(times["b"]) == rounds
+
+
 def test_memory_is_measured_beyond_inputs_and_results():
     case = common.linear_cross_entropy(512, 16, 8192, "fp32", True)
     logits = 512 * 8192 * 4

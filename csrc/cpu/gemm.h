@@ -292,6 +292,20 @@ inline void panel_rows(int64_t k, const C* a, int64_t lda, const C* b, accumulat
   }
 }
 
+// Asks for part `part` of `parts` of n elements. On AVX2 a register tile takes one line in four of
+// a panel, which the hardware does not foresee: without this the float backward of linear_act took
+// 1.35 times as long on one core. AVX-512 reads whole rows of a panel, and gains nothing.
+template <typename C>
+inline void prefetch_part([[maybe_unused]] const C* next, [[maybe_unused]] int64_t n,
+                          [[maybe_unused]] int64_t part, [[maybe_unused]] int64_t parts) {
+#if defined(CPU_CAPABILITY_AVX2)
+  constexpr int64_t kLine = 64 / sizeof(C);
+  for (int64_t i = n * part / parts; i < n * (part + 1) / parts; i += kLine) {
+    __builtin_prefetch(next + i, 0, 2);
+  }
+#endif
+}
+
 // a: m x k with pad_k(k) readable columns whose padding is finite; packed_b: from pack_b.
 template <typename C>
 inline void tile_gemm(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* packed_b,
@@ -317,8 +331,12 @@ inline void tile_gemm(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, 
           continue;
         }
       }
+      // What is read after this panel, at times past the last; a prefetch may miss.
+      const C* next = packed_b + (j + kPanel < n ? (j + kPanel) * depth + begin * kPanel
+                                                 : (begin + deep) * kPanel);
       int64_t i = 0;
       for (; i + kRows <= m; i += kRows) {
+        prefetch_part(next, deep * kPanel, i / kRows, m / kRows);
         panel_rows<C, kRows>(deep, rows + i * lda, lda, b, out + i * ldc, ldc, cols, add);
       }
       rows += i * lda;
