@@ -13,6 +13,8 @@ _BYTE_LABELS = torch.uint8
 # in Python, and that difference (about 35 us a step) is more than the kernels can win back.
 _TORCH_UP_TO = 32768
 _TORCH_ROWS = 256
+_TORCH_REDUCTION = {name: code for code, name in enumerate(REDUCTIONS)}
+_torch_loss = torch._C._nn.cross_entropy_loss
 LEFT_TO_TORCH = (
     f"plain losses of at most {_TORCH_ROWS} rows and {_TORCH_UP_TO} logits: torch's call costs less"
 )
@@ -169,14 +171,12 @@ def cross_entropy(
         and isinstance(input, Tensor)
         and input.is_cpu
         and (logits := input.numel()) <= _TORCH_UP_TO
-        and len(shape := input.shape) > 1
-        and logits <= _TORCH_ROWS * shape[1]
-        and backend.current_backend() == "auto"
-        and reduction in REDUCTIONS
+        and input.dim() > 1
+        and logits <= _TORCH_ROWS * input.size(1)
+        and backend._choice == "auto"
+        and (code := _TORCH_REDUCTION.get(reduction)) is not None
     ):
-        return torch._C._nn.cross_entropy_loss(
-            input, target, weight, REDUCTIONS.index(reduction), ignore_index, label_smoothing
-        )
+        return _torch_loss(input, target, weight, code, ignore_index, label_smoothing)
     name = "cross_entropy"
     _check.tensor(name, input=input, target=target, weight_or_none=weight)
     shape = input.shape
