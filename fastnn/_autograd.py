@@ -34,6 +34,17 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Tensors as autocast, on the device of the first, casts the arguments of a function."""
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
 def wants_composite() -> bool:
     """Whether a backward is itself differentiated (create_graph=True) and must be a composite."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

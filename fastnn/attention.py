@@ -101,47 +101,47 @@ def _left_to_torch(query, key) -> bool:
 
 
 def _check_arguments(
-    query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, causal_alignment, softcap,
-    alibi_slopes, sinks,
+    function, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, causal_alignment,
+    softcap,
 ):  # fmt: skip
     fail = _check.fail
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
-            fail(RuntimeError, _NAME, name, "of at least 2 dimensions", tuple(tensor.shape))
-    _check.same_kind(_NAME, "query", query, key=key, value=value)
+            fail(RuntimeError, function, name, "of at least 2 dimensions", tuple(tensor.shape))
+    _check.same_kind(function, "query", query, key=key, value=value)
     shape, key_shape, value_shape = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     if key_shape[-1] != shape[-1]:
-        fail(RuntimeError, _NAME, "key", f"of shape (..., {shape[-1]})", key_shape)
+        fail(RuntimeError, function, "key", f"of shape (..., {shape[-1]})", key_shape)
     if value_shape[-2] != key_shape[-2]:
-        fail(RuntimeError, _NAME, "value", f"of shape (..., {key_shape[-2]}, Dv)", value_shape)
+        fail(RuntimeError, function, "value", f"of shape (..., {key_shape[-2]}, Dv)", value_shape)
     lead = shape[:-2]
     alike = len(lead) == 2 and lead == key_shape[:-2] == value_shape[:-2] and lead[1] > 0
     for name, other in () if alike else (("key", key_shape), ("value", value_shape)):
         batch, other_batch = lead, other[:-2]
         if enable_gqa:
             if len(other) < 3 or len(shape) < 3:
-                fail(RuntimeError, _NAME, name, "of 3 or more dimensions with enable_gqa", other)
+                fail(RuntimeError, function, name, "of 3 or more dimensions with enable_gqa", other)
             if not other[-3] or shape[-3] % other[-3]:
                 expected = f"of a number of heads that divides the query's {shape[-3]}"
-                fail(RuntimeError, _NAME, name, expected, other[-3])
+                fail(RuntimeError, function, name, expected, other[-3])
             batch, other_batch = shape[:-3], other[:-3]
         if batch != other_batch and not _broadcasts(batch, other_batch):
             expected = f"of batch dimensions that broadcast with the query's {batch}"
-            fail(RuntimeError, _NAME, name, expected, other)
+            fail(RuntimeError, function, name, expected, other)
     if not 0.0 <= dropout_p <= 1.0:
-        fail(RuntimeError, _NAME, "dropout_p", "in [0, 1]", dropout_p)
+        fail(RuntimeError, function, "dropout_p", "in [0, 1]", dropout_p)
     if attn_mask is not None:
         if is_causal:
-            fail(RuntimeError, _NAME, "attn_mask", "None when is_causal is set", "a mask")
+            fail(RuntimeError, function, "attn_mask", "None when is_causal is set", "a mask")
         if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
             expected = f"bool, float32 or of the query's dtype {query.dtype}"
-            fail(RuntimeError, _NAME, "attn_mask", expected, attn_mask.dtype)
+            fail(RuntimeError, function, "attn_mask", expected, attn_mask.dtype)
         if attn_mask.device != query.device:
             expected = f"on query's device {query.device}"
-            fail(RuntimeError, _NAME, "attn_mask", expected, attn_mask.device)
-    _check.choice(_NAME, "causal_alignment", causal_alignment, ("top_left", "bottom_right"))
+            fail(RuntimeError, function, "attn_mask", expected, attn_mask.device)
+    _check.choice(function, "causal_alignment", causal_alignment, ("top_left", "bottom_right"))
     if softcap is not None and not softcap > 0:
-        fail(ValueError, _NAME, "softcap", "None or above 0", softcap)
+        fail(ValueError, function, "softcap", "None or above 0", softcap)
 
 
 def _broadcasts(a, b) -> bool:
@@ -290,18 +290,11 @@ def scaled_dot_product_attention(
         _NAME, query=query, key=key, value=value, attn_mask_or_none=attn_mask,
         alibi_slopes_or_none=alibi_slopes, sinks_or_none=sinks,
     )  # fmt: skip
-    dtype = _autograd.autocast_dtype(query)
-    if dtype is not None:
-        query, key, value, attn_mask = (
-            t.to(dtype)
-            if t is not None and t.is_floating_point() and t.dtype != torch.float64
-            else t
-            for t in (query, key, value, attn_mask)
-        )
+    query, key, value, attn_mask = _autograd.autocast(query, key, value, attn_mask)
     if not query.is_nested:  # those have no shape to check; torch does it
         _check_arguments(
-            query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, causal_alignment,
-            softcap, alibi_slopes, sinks,
+            _NAME, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa,
+            causal_alignment, softcap,
         )  # fmt: skip
     left, right = _window(window)
     if is_causal:

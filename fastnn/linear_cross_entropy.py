@@ -113,6 +113,78 @@ def _check_arguments(name, input, linear_weight, linear_bias, target, weight):
     _check.same_kind(name, "input", input, linear_weight=linear_weight, linear_bias=linear_bias)
 
 
+def prepare(
+    name, input, linear_weight, linear_bias, target, weight, reduction, ignore_index,
+    label_smoothing, z_loss, softcap, shift,
+):  # fmt: skip
+    """Checks the arguments of `linear_cross_entropy` and casts them as autocast would.
+
+    Returns (input, linear_weight, linear_bias, target, dtype of the loss, options of the
+    operators), the target moved by `shift`.
+    """
+    _check.tensor(name, input=input)
+    dtype = input.dtype
+    autocast = _autograd.autocast_dtype(input)
+    if autocast is not None and dtype != torch.float64:
+        # As F.linear casts its arguments, and cross_entropy then its input.
+        input, linear_weight, linear_bias = (
+            t.to(autocast) if isinstance(t, Tensor) and t.dtype != torch.float64 else t
+            for t in (input, linear_weight, linear_bias)
+        )
+        dtype = torch.float32
+    _check_arguments(name, input, linear_weight, linear_bias, target, weight)
+    classes = linear_weight.shape[0]
+    check_loss_options(name, weight, classes, reduction, label_smoothing, z_loss, softcap)
+    if shift < 0 or (shift > 0 and (input.dim() < 2 or linear_weight.dim() > 2)):
+        _check.fail(ValueError, name, "shift", "at least 0 (with input (*, S, in))", shift)
+    rows = input.shape[:-1]
+    features = linear_weight.shape[1:-1]
+    soft = check_target(name, "input", input, target, rows + features, (*rows, classes, *features))
+    if soft and ignore_index is not None:
+        expected = "None where target is probabilities"
+        _check.fail(RuntimeError, name, "ignore_index", expected, ignore_index)
+    if weight is not None and not soft and dtype == input.dtype:
+        _check.same_kind(name, "input", input, weight=weight)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if not soft and target.dtype != torch.int64:
+        target = target.long()
+    options = (reduction, ignore_index, label_smoothing, z_loss, softcap or 0.0)
+    if shift and soft:
+        input, target = input[..., : rows[-1] - shift, :], target[..., shift:, :]
+    elif shift:
+        target = _shifted(target, shift, ignore_index)
+    return input, linear_weight, linear_bias, target, dtype, options
+
+
+def evaluate(
+    ops, input, linear_weight, linear_bias, target, weight, dtype, options, workspace_bytes,
+    return_lse,
+):  # fmt: skip
+    """(loss, lse) of prepared arguments on `ops`, or in plain PyTorch where that is None."""
+    if ops is None:
+        loss, lse = _reference(input, linear_weight, linear_bias, target, weight, options)
+        return loss.to(dtype), lse
+    workspace = -1 if workspace_bytes is None else workspace_bytes
+    wanted = tuple(
+        t is not None and t.requires_grad and torch.is_grad_enabled()
+        for t in (input, linear_weight, linear_bias)
+    )
+    # What only the forward may make: gradients of a scalar whose lse nobody differentiates, and
+    # where ctx may be changed by the backward.
+    plain = not torch.compiler.is_compiling() and not _autograd.transforming()
+    unit_mask = wanted if plain and options[0] != "none" and not return_lse else (False,) * 3
+    if _autograd.is_recorded(input, linear_weight, linear_bias):
+        loss, lse, *_ = _autograd.apply(
+            LinearCrossEntropyFunction, ops, input, linear_weight, linear_bias, target, weight,
+            dtype, options, workspace, unit_mask,
+        )  # fmt: skip
+        return loss, lse
+    loss, lse, *_ = ops.linear_cross_entropy_forward(
+        input, linear_weight, linear_bias, target, weight, *options, workspace, unit_mask
+    )
+    return loss.to(dtype), lse
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -165,74 +237,27 @@ def linear_cross_entropy(
         Wijmans et al. 2024 (arXiv:2411.09009) for the problem; Hsu et al. 2024 (arXiv:2410.10989)
         for gradients made in the forward, by chunks.
     """
-    name = "linear_cross_entropy"
-    _check.tensor(name, input=input)
-    dtype = input.dtype
-    autocast = _autograd.autocast_dtype(input)
-    if autocast is not None and dtype != torch.float64:
-        # As F.linear casts its arguments, and cross_entropy then its input.
-        input, linear_weight, linear_bias = (
-            t.to(autocast) if isinstance(t, Tensor) and t.dtype != torch.float64 else t
-            for t in (input, linear_weight, linear_bias)
-        )
-        dtype = torch.float32
-    _check_arguments(name, input, linear_weight, linear_bias, target, weight)
-    classes = linear_weight.shape[0]
-    check_loss_options(name, weight, classes, reduction, label_smoothing, z_loss, softcap)
-    if shift < 0 or (shift > 0 and (input.dim() < 2 or linear_weight.dim() > 2)):
-        _check.fail(ValueError, name, "shift", "at least 0 (with input (*, S, in))", shift)
-    rows = input.shape[:-1]
-    features = linear_weight.shape[1:-1]
-    soft = check_target(name, "input", input, target, rows + features, (*rows, classes, *features))
-    if soft and ignore_index is not None:
-        expected = "None where target is probabilities"
-        _check.fail(RuntimeError, name, "ignore_index", expected, ignore_index)
-    if weight is not None and not soft and dtype == input.dtype:
-        _check.same_kind(name, "input", input, weight=weight)
-    ignore_index = -100 if ignore_index is None else ignore_index
-    if not soft and target.dtype != torch.int64:
-        target = target.long()
-    options = (reduction, ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    if shift and soft:
-        input, target = input[..., : rows[-1] - shift, :], target[..., shift:, :]
-    elif shift:
-        target = _shifted(target, shift, ignore_index)
-
+    input, linear_weight, linear_bias, target, dtype, options = prepare(
+        "linear_cross_entropy", input, linear_weight, linear_bias, target, weight, reduction,
+        ignore_index, label_smoothing, z_loss, softcap, shift,
+    )  # fmt: skip
+    soft, features = target.is_floating_point(), linear_weight.shape[1:-1]
     differentiable_target = soft and target.requires_grad and torch.is_grad_enabled()
     if not features and not differentiable_target:
-        ops = backend.resolve(name, input, prob_target=soft)
+        ops = backend.resolve("linear_cross_entropy", input, prob_target=soft)
     elif backend.current_backend() in ("auto", "reference"):
         ops = None
     else:
         what = "a K-dimensional linear_weight" if features else "the gradient of probabilities"
         raise NotImplementedError(
-            f"backend {backend.current_backend()!r} cannot serve {name} with {what}"
+            f"backend {backend.current_backend()!r} cannot serve linear_cross_entropy with {what}"
         )
-    if ops is None:
-        loss, lse = _reference(input, linear_weight, linear_bias, target, weight, options)
-        loss = loss.to(dtype)
-    else:
-        workspace = -1 if workspace_bytes is None else workspace_bytes
-        wanted = tuple(
-            t is not None and t.requires_grad and torch.is_grad_enabled()
-            for t in (input, linear_weight, linear_bias)
-        )
-        # What only the forward may make: gradients of a scalar whose lse nobody differentiates, and
-        # where ctx may be changed by the backward.
-        plain = not torch.compiler.is_compiling() and not _autograd.transforming()
-        unit_mask = wanted if plain and reduction != "none" and not return_lse else (False,) * 3
-        if _autograd.is_recorded(input, linear_weight, linear_bias):
-            loss, lse, *_ = _autograd.apply(
-                LinearCrossEntropyFunction, ops, input, linear_weight, linear_bias, target, weight,
-                dtype, options, workspace, unit_mask,
-            )  # fmt: skip
-        else:
-            loss, lse, *_ = ops.linear_cross_entropy_forward(
-                input, linear_weight, linear_bias, target, weight, *options, workspace, unit_mask
-            )
-            loss = loss.to(dtype)
+    loss, lse = evaluate(
+        ops, input, linear_weight, linear_bias, target, weight, dtype, options, workspace_bytes,
+        return_lse,
+    )  # fmt: skip
     if shift and not soft:
-        length = max(rows[-1] - shift, 0)
+        length = max(input.shape[-2] - shift, 0)
         loss = loss[..., :length] if reduction == "none" else loss
         lse = lse[..., :length]
     return (loss, lse) if return_lse else loss

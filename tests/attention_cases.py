@@ -104,9 +104,9 @@ def leaves_of(qkv, dtype=None):
     return [t.detach().to(dtype or t.dtype).requires_grad_() for t in qkv]
 
 
-def compare(qkv, options, grad_out, grad_lse=None):
+def compare(qkv, options, grad_out, grad_lse=None, function=attention):
     dtype = qkv[0].dtype
-    mine = results(attention, leaves_of(qkv), cast(options, dtype), grad_out, grad_lse)
+    mine = results(function, leaves_of(qkv), cast(options, dtype), grad_out, grad_lse)
     arguments = (options, grad_out, grad_lse)
     same, exact = (
         results(
