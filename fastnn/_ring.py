@@ -95,13 +95,15 @@ class Ring(NamedTuple):
             part, part_lse = self._plain(*inputs, causal)
         # out = sum of share * part, where share = exp(part_lse - lse)
         share = (part_lse.detach() - lse).exp().unsqueeze(-1)
-        to_lse = share * (grad_out * (part.detach().to(lse.dtype) - out)).sum(-1, keepdim=True)
+        to_lse = share * (grad_out * (part.detach() - out)).sum(-1, keepdim=True)
         if grad_lse is not None:
             to_lse = to_lse + share * grad_lse.unsqueeze(-1)
-        upstream = (share * grad_out).to(part.dtype), to_lse.squeeze(-1).to(part_lse.dtype)
+        upstream = share * grad_out, to_lse.squeeze(-1)
         return torch.autograd.grad((part, part_lse), inputs, upstream)
 
     def _plain(self, query, key, value, causal):
+        # In float32, or the parts would be rounded once more than one attention is.
+        query, key, value = (t.to(accumulate_dtype(t.dtype)) for t in (query, key, value))
         return reference.scaled_dot_product_attention(
             query, key, value, None, 0.0, causal, self.scale, query.shape[1] != key.shape[1],
             softcap=self.softcap or None, return_lse=True,

@@ -455,8 +455,8 @@ def context_parallel_attention(
         NotImplementedError: dropout.
         TypeError: an argument that is no tensor.
     Backends:
-        native (CPU, and CUDA with head dimensions up to 256), triton, reference. Autocast as for
-        torch's function.
+        native (CPU, and CUDA with head dimensions up to 256), triton, reference. On the CPU the
+        backward makes each part of the result again. Autocast as for torch's function.
     Reference:
         Liu, Zaharia & Abbeel 2023 (arXiv:2310.01889) for the ring; Llama Team 2024
         (arXiv:2407.21783), section 3.3.2, for the chunks that balance causal work.

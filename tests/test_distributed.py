@@ -18,7 +18,7 @@ if not torch.distributed.is_available():
 
 import torch.distributed as dist
 from attention_cases import OPTIONS as ATTENTION_OPTIONS
-from attention_cases import compare, operands, values
+from attention_cases import NATIVE, compare, operands, values
 from conftest import ROOT, assert_close_to_oracle
 from test_linear_cross_entropy import DTYPES, OPTION_NAMES, evaluate, make
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -601,6 +601,7 @@ def memory():
     assert largest.elements == k.numel() + v.numel()
 
 
+@NATIVE
 def test_memory(team):
     team.run(memory)
 
