@@ -104,10 +104,12 @@ class Ring(NamedTuple):
     def _plain(self, query, key, value, causal):
         # In float32, or the parts would be rounded once more than one attention is.
         query, key, value = (t.to(accumulate_dtype(t.dtype)) for t in (query, key, value))
-        return reference.scaled_dot_product_attention(
-            query, key, value, None, 0.0, causal, self.scale, query.shape[1] != key.shape[1],
-            softcap=self.softcap or None, return_lse=True,
-        )  # fmt: skip
+        gqa = query.shape[1] != key.shape[1]
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.scaled_dot_product_attention(
+                query, key, value, None, 0.0, causal, self.scale, gqa,
+                softcap=self.softcap or None, return_lse=True,
+            )  # fmt: skip
 
 
 def _unpacked(buffer: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

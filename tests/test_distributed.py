@@ -17,8 +17,8 @@ if not torch.distributed.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
 
 import torch.distributed as dist
-from attention_cases import OPTIONS as ATTENTION_OPTIONS
 from attention_cases import NATIVE, compare, operands, values
+from attention_cases import OPTIONS as ATTENTION_OPTIONS
 from conftest import ROOT, assert_close_to_oracle
 from test_linear_cross_entropy import DTYPES, OPTION_NAMES, evaluate, make
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
