@@ -243,6 +243,9 @@ TILES = {
         (4, 256): [(16, 16, 8, 1)],
     },
 }
+# The same of the forward for up to so many queries (decoding), with every feature
+DECODE_ROWS = 16
+DECODE_TILES = {(2, 64): (16, 128, 4, 3), (2, 128): (16, 64, 4, 3), (2, 256): (16, 32, 4, 3)}
 INTERPRETER_TILE = (32, 32, 4, 1)
 
 
@@ -279,10 +282,12 @@ def stored_tile(kind, row, a, multiprocessors):
 def configured(kind: str):
     """Launches a kernel with the tile stored for the call, or tunes those of its table row."""
     table = TILES[kind]
-    configs = {tile: _config(tile) for row in table.values() for tile in row}
+    few = DECODE_TILES if kind == "forward" else {}
+    configs = {tile: _config(tile) for row in (*table.values(), few.values()) for tile in row}
 
     def row(a):
-        return table[tile_key(a["query_ptr"].element_size(), a["BLOCK_D"], a["BLOCK_DV"])]
+        key = tile_key(a["query_ptr"].element_size(), a["BLOCK_D"], a["BLOCK_DV"])
+        return [few[key]] if key in few and a["seq_q"] <= DECODE_ROWS else table[key]
 
     return stored_or_tuned(
         list(configs.values()), _config(INTERPRETER_TILE),
@@ -296,6 +301,7 @@ def configured(kind: str):
 # Lengths and positions vary from call to call: none may compile a kernel of its own.
 UNSPECIALIZED = (
     "heads", "pitch", "seq_q", "seq_k", "low", "high", "shift", "threshold", "tune_q", "tune_k",
+    "split_keys", "split_rows",
 )  # fmt: skip
 
 
@@ -397,11 +403,14 @@ def aot_case(kernel, tile, dtype, head_dim, pointers=(), mask_type=None, **featu
         "BLOCK_DV": _padded(head_dim), "GROUP": 1, "MASK": NO_MASK, "MASK_ROWS": True,
         "ALIBI": False, "SINKS": False, "SOFTCAP": False, "DROPOUT": False, "FOLD": True,
         "HAS_LOW": False, "HAS_HIGH": True, "SUM_ROWS": False, "SUM_COLS": False, "PACKED": False,
-        "BLOCK_M": tile[0], "BLOCK_N": tile[1], **features,
+        "SPLIT": False, "BLOCK_M": tile[0], "BLOCK_N": tile[1], **features,
     }  # fmt: skip
     elements = ("query_ptr", "key_ptr", "value_ptr", "grad_out_ptr", "out_ptr", *pointers)
     types = dict.fromkeys(elements, f"*{dtype}:16")
-    types |= dict.fromkeys(("delta_ptr", "row_lse_ptr", "lse_ptr"), "*fp32:16")
+    types |= dict.fromkeys(
+        ("delta_ptr", "row_lse_ptr", "lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32:16"
+    )
+    types |= {"out_ptr": "*fp32:16"} if constexprs["SPLIT"] else {}
     types |= dict.fromkeys(("scale", "cap", "keep_scale", "grad_scale", "lse_scale"), "fp32")
     if constexprs["MASK"]:
         types["mask_ptr"] = f"*{mask_type or 'u8'}:16"
