@@ -85,6 +85,7 @@ def test_stored_attention_tiles():
     row = TILES["forward"][2, 64]
     assert tile("forward", 8, 2048, 2048) == row[0]
     assert tile("forward", 8, 2048, 2048, DROPOUT=True) == row[-1]
+    assert tile("forward", 8, 2048, 2048, PACKED=True) == row[1]
     assert tile("forward", 1, 256, 2048)[0] == 64
     assert tile("forward", 32, 32, 2048)[0] == 64
     assert tile("key", 8, 2048, 2048) == TILES["key"][2, 64][0]

@@ -39,6 +39,7 @@ from tritonops.attention_tile import (
     load_key_bias,
     load_tile,
     packed_problem,
+    packed_tiles,
     phase_bounds,
     problem,
     rows_before,
@@ -316,8 +317,9 @@ def aot():
         if kind != "mask":
             packed = everything | {"MASK": NO_MASK, "PACKED": True}
             yield aot_case(kernel.fn, TILES[kind][2, 64][-1], "fp16", 48, pointers, **packed)
-            tile = TILES[kind][2, 128][0]
-            yield aot_case(kernel.fn, tile, "bf16", 128, pointers, PACKED=True)
+            for head_dim in (64, 128, 256):
+                tile = packed_tiles(kind, TILES[kind][2, head_dim])[0]
+                yield aot_case(kernel.fn, tile, "bf16", head_dim, pointers, PACKED=True)
     kernel, pointers = KERNELS["forward"]
     for (_, head_dim), tile in DECODE_TILES.items():
         for features in ({"GROUP": 4}, everything):

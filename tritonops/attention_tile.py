@@ -258,6 +258,11 @@ def _config(tile):
     return triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
 
 
+def packed_tiles(kind, row):
+    """The tiles of a row that packed sequences leave enough registers on every target."""
+    return row[1:] or row if kind == "forward" else row
+
+
 def stored_tile(kind, row, a, multiprocessors):
     """The first tile of a row of the table that gives every multiprocessor a program, or the one
     with the most programs; the last where the scores need more than a scale and a band.
@@ -266,6 +271,8 @@ def stored_tile(kind, row, a, multiprocessors):
     """
     if a["MASK"] or a["ALIBI"] or a["SOFTCAP"] or a["DROPOUT"]:
         return row[-1]
+    if a.get("PACKED"):
+        row = packed_tiles(kind, row)
     # A tile much longer than the queries only computes padding.
     row = [tile for tile in row if tile[0] <= 2 * max(a["seq_q"], 16)] or row[-1:]
     planes = a["query_ptr"].shape[0] * a["heads"]
