@@ -245,7 +245,7 @@ TILES = {
 }
 # The same of the forward for up to so many queries (decoding), with every feature
 DECODE_ROWS = 16
-DECODE_TILES = {(2, 64): (16, 128, 4, 3), (2, 128): (16, 64, 4, 3), (2, 256): (16, 32, 4, 3)}
+DECODE_TILES = {(2, 64): (16, 64, 4, 3), (2, 128): (16, 64, 4, 3), (2, 256): (16, 32, 4, 3)}
 INTERPRETER_TILE = (32, 32, 4, 1)
 
 
