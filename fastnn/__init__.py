@@ -9,6 +9,7 @@ from fastnn.functional import (
     linear_act,
     linear_cross_entropy,
     scaled_dot_product_attention,
+    varlen_attention,
 )
 from fastnn.linear_act import MLP, Dropout, GatedMLP, LinearAct
 from fastnn.linear_cross_entropy import LinearCrossEntropyLoss
@@ -40,4 +41,5 @@ __all__ = [
     "swap_",
     "unswap_",
     "use_backend",
+    "varlen_attention",
 ]

@@ -7,6 +7,9 @@ results, so one fake and one autograd.Function serve them all.
 Conventions: gradients a caller did not ask for (`output_mask`) come back as empty tensors of shape
 (0,); `lse`, losses and `total_weight` are float32 (float64 for float64 inputs); `softcap=0` and
 `window=-1` mean "off"; `seed` is the int64 pair (key, offset) of the dropout generator.
+Packed sequences are (T, H, D) with int32 starts `cu_seqlens` (N + 1,), 0 first and T last; their
+out is (Tq, H, Dv), their lse (H, Tq), and their dropout mask is that of an (H, Tq, max_seqlen_k)
+tensor, of which a row uses as many columns as its sequence has keys.
 """
 
 from __future__ import annotations
@@ -103,8 +106,23 @@ def _attention_backward(
     return _masked(options[-1], query, key, value, mask, query if sinks is None else sinks)
 
 
+def _varlen_attention_forward(query, key, value, *options):
+    rows, heads, _ = query.shape
+    lse = query.new_empty((heads, rows), dtype=accumulate_dtype(query.dtype))
+    return query.new_empty((rows, heads, value.shape[-1])), lse
+
+
+def _varlen_attention_backward(grad_out, grad_lse, query, key, value, *options):
+    sinks = options[5]
+    return _masked(options[-1], query, key, value, query if sinks is None else sinks)
+
+
 _LOSS = "str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap"
 _BAND = "bool bottom_right, int window_left, int window_right"
+_PACKED = (
+    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    " int max_seqlen_q, int max_seqlen_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
+)
 
 # op -> (signature, fake)
 OPS = {
@@ -162,6 +180,17 @@ OPS = {
         " Tensor grad_value, Tensor grad_attn_mask, Tensor grad_sinks)",
         _attention_backward,
     ),
+    "varlen_attention_forward": (
+        f"({_PACKED}, float dropout_p, float scale, float softcap, {_BAND})"
+        " -> (Tensor out, Tensor lse)",
+        _varlen_attention_forward,
+    ),
+    "varlen_attention_backward": (
+        f"(Tensor grad_out, Tensor? grad_lse, {_PACKED}, Tensor out, Tensor lse,"
+        f" float dropout_p, float scale, float softcap, {_BAND}, bool[4] output_mask)"
+        " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks)",
+        _varlen_attention_backward,
+    ),
 }
 
 # family -> its ops; what backend.resolve() chooses between and fastnn.info prints
@@ -175,6 +204,7 @@ FAMILIES = {
         "scale_",
     ),
     "attention": ("attention_forward", "attention_backward"),
+    "varlen_attention": ("varlen_attention_forward", "varlen_attention_backward"),
 }
 
 _LIBRARIES = {ns: torch.library.Library(ns, "DEF") for ns in ("fastnn", "fastnn_triton")}

@@ -151,29 +151,29 @@ def _broadcasts(a, b) -> bool:
     )
 
 
-def _window(window) -> tuple[int, int]:
+def window_sides(function: str, window) -> tuple[int, int]:
     """(left, right) with -1 for unlimited."""
     if window is None:
         return -1, -1
     sides = (window, window) if isinstance(window, int) else tuple(window)
     sides = tuple(-1 if side is None else side for side in sides)
     if len(sides) != 2 or not all(isinstance(side, int) and side >= -1 for side in sides):
-        _check.fail(ValueError, _NAME, "window", "None, a width or a pair (left, right)", window)
+        expected = "None, a width or a pair (left, right)"
+        _check.fail(ValueError, function, "window", expected, window)
     return sides
 
 
-def _per_head(name: str, values: Tensor | None, query: Tensor) -> None:
-    """Checks (H,) or (B, H) values for a query of (B, H, Sq, D)."""
+def check_per_head(function: str, name: str, values: Tensor | None, device, *shapes) -> None:
+    """Values of which each head has one have one of the shapes."""
     if values is None:
         return
-    batch, heads = query.shape[:2]
-    if tuple(values.shape) not in ((heads,), (batch, heads), (1, heads)):
-        expected = f"of shape ({heads},) or ({batch}, {heads})"
-        _check.fail(RuntimeError, _NAME, name, expected, tuple(values.shape))
+    if tuple(values.shape) not in shapes:
+        expected = f"of shape {' or '.join(map(str, dict.fromkeys(shapes)))}"
+        _check.fail(RuntimeError, function, name, expected, tuple(values.shape))
     if not values.is_floating_point():
-        _check.fail(RuntimeError, _NAME, name, "of a floating dtype", values.dtype)
-    if values.device != query.device:
-        _check.fail(RuntimeError, _NAME, name, f"on query's device {query.device}", values.device)
+        _check.fail(RuntimeError, function, name, "of a floating dtype", values.dtype)
+    if values.device != device:
+        _check.fail(RuntimeError, function, name, f"on query's device {device}", values.device)
 
 
 def _as_batches(query, key, value, attn_mask, enable_gqa):
@@ -285,7 +285,7 @@ def scaled_dot_product_attention(
         and causal_alignment == "top_left"
         and _left_to_torch(query, key)
     ):
-        return reference.torch_attention(query, key, value, scale=scale)
+        return reference.torch_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
     _check.tensor(
         _NAME, query=query, key=key, value=value, attn_mask_or_none=attn_mask,
         alibi_slopes_or_none=alibi_slopes, sinks_or_none=sinks,
@@ -296,18 +296,20 @@ def scaled_dot_product_attention(
             _NAME, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa,
             causal_alignment, softcap,
         )  # fmt: skip
-    left, right = _window(window)
+    left, right = window_sides(_NAME, window)
     if is_causal:
         right = 0
     bottom_right = causal_alignment == "bottom_right"
-    refused = _refused_by_kernels(query, alibi_slopes)
+    refused = refused_by_kernels(query, alibi_slopes)
     if refused and backend.current_backend() not in ("auto", "reference"):
         _check.fail(NotImplementedError, _NAME, *refused)
     ops = None
     if not refused:
         q, k, v, mask, lead = _as_batches(query, key, value, attn_mask, enable_gqa)
-        _per_head("alibi_slopes", alibi_slopes, q)
-        _per_head("sinks", sinks, q)
+        batch, heads = q.shape[:2]
+        for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+            shapes = (heads,), (batch, heads), (1, heads)
+            check_per_head(_NAME, name, per_head, q.device, *shapes)
         ops = backend.resolve(
             "attention", query, head_dim=q.shape[-1], value_dim=v.shape[-1],
             dropout=dropout_p > 0, softcap=softcap is not None, window=left >= 0 or right > 0,
@@ -336,7 +338,7 @@ def scaled_dot_product_attention(
     return (out, lse) if return_lse else out
 
 
-def _refused_by_kernels(query, alibi_slopes) -> tuple[str, str, str] | None:
+def refused_by_kernels(query, alibi_slopes) -> tuple[str, str, str] | None:
     """(argument, what it must be, what it is) where only plain PyTorch serves the call."""
     if query.is_nested or query.layout != torch.strided:
         return "query", "a dense tensor", str(query.layout)

@@ -21,6 +21,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("native", "triton", "reference")
 # What calls may use beyond the plain case, as the public functions tell backend.resolve(): the
 # questions that are put to backend.refusal(), which has the answers.
+_ATTENTION = {
+    "head dimension 256": {"head_dim": 256, "value_dim": 256},
+    "head dimension 512": {"head_dim": 512, "value_dim": 512},
+    **{name: {name: True} for name in ("dropout", "softcap", "window", "alibi", "sinks")},
+}
 FEATURES = {
     "linear_act": {name: {"activation": name} for name in ACTIVATIONS},
     "dropout": {},
@@ -29,12 +34,8 @@ FEATURES = {
         "K-dimensional logits": {"prob_target": False, "k_dim": True},
     },
     "linear_cross_entropy": {"probability targets": {"prob_target": True}},
-    "attention": {
-        "head dimension 256": {"head_dim": 256, "value_dim": 256},
-        "head dimension 512": {"head_dim": 512, "value_dim": 512},
-        **{name: {name: True} for name in ("dropout", "softcap", "window", "alibi", "sinks")},
-        "gradient of the mask": {"mask_grad": True},
-    },
+    "attention": _ATTENTION | {"gradient of the mask": {"mask_grad": True}},
+    "varlen_attention": _ATTENTION,
 }
 
 

@@ -7,6 +7,7 @@ Where torch has the function, it is called; the rest is composed of differentiab
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -212,3 +213,29 @@ def scaled_dot_product_attention(
     if not return_lse:
         return out
     return out, lse.masked_fill(empty, -math.inf).squeeze(-1)
+
+
+def varlen_attention(
+    query, key, value, starts_q, starts_k, *options, return_lse=False, keep=None, **named
+):
+    """Sequence by sequence: rows starts_q[n] up to starts_q[n + 1] attend to the keys from
+    starts_k[n] up to starts_k[n + 1]; both are lists of integers. `keep` is (H, Tq, columns)."""
+    outs = [query[:0, :, :1].expand(-1, -1, value.shape[-1])]
+    lses = [query.new_empty((query.shape[1], 0), dtype=accumulate_dtype(query.dtype))]
+    for n, (first, last) in enumerate(itertools.pairwise(starts_q)):
+        if first == last:
+            continue
+        keys = slice(starts_k[n], starts_k[n + 1])
+        q, k, v = (
+            tensor[rows].transpose(0, 1)[None]
+            for tensor, rows in ((query, slice(first, last)), (key, keys), (value, keys))
+        )
+        mask = None if keep is None else keep[None, :, first:last, : k.shape[-2]]
+        result = scaled_dot_product_attention(
+            q, k, v, None, *options, return_lse=return_lse, keep=mask, **named
+        )
+        out, lse = result if return_lse else (result, None)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0] if return_lse else None)
+    out = torch.cat(outs)
+    return (out, torch.cat(lses, 1)) if return_lse else out

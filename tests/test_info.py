@@ -38,6 +38,7 @@ def test_asks_for_features(monkeypatch):
     refused = [row for row in collected["availability"] if "too wide" in row["refused"].values()]
     assert [(r["family"], r["device"], r["backend"]) for r in refused] == [
         ("attention", "cpu", "reference"), ("attention", "cuda", "reference"),
+        ("varlen_attention", "cpu", "reference"), ("varlen_attention", "cuda", "reference"),
     ]  # fmt: skip
     assert "head dimension 512: too wide" in info.render(collected)
 
@@ -56,6 +57,7 @@ def test_features_are_those_that_the_functions_name(monkeypatch):
     functional.cross_entropy(x, y, z_loss=0.1)  # auto leaves the plain one to torch
     functional.linear_cross_entropy(x, x, y)
     functional.scaled_dot_product_attention(*[x[None, None]] * 3, is_causal=True)
+    functional.varlen_attention(*[x[:, None]] * 3, *[torch.tensor([0, 4])] * 2, 4, 4)
     assert asked.keys() == _ops.FAMILIES.keys()
     for family, features in info.FEATURES.items():
         assert {name for probe in features.values() for name in probe} <= asked[family]

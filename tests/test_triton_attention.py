@@ -191,6 +191,19 @@ CASES = {
     "bf16": dict(dtype=BF16, heads=4, heads_k=2, seq_q=67, seq_k=80, right=0, bottom_right=True),
     "bf16_mask": dict(dtype=BF16, mask=(45,), mask_dtype=FP32, batch=2, alibi=True, sinks=True),
     "bf16_dropout": dict(dtype=BF16, dropout_p=0.2, layout="bshd"),
+    "decode": dict(seq_q=1, seq_k=700, heads=4, heads_k=1, bottom_right=True, right=0, sinks=True),
+    "decode_hidden_parts": dict(seq_q=3, seq_k=600, heads=1, right=0, batch=2),
+    "decode_everything": dict(
+        seq_q=2,
+        seq_k=520,
+        heads=1,
+        dtype=BF16,
+        mask=(1, 520),
+        softcap=5.0,
+        alibi=True,
+        dropout_p=0.2,
+        value_dim=24,
+    ),
 }
 
 
@@ -293,6 +306,14 @@ def test_empty(shape):
 
 def test_results_are_contiguous_whatever_the_inputs_are():
     assert all(result.is_contiguous() for result in Case(layout="columns").kernels())
+
+
+def test_few_queries_walk_parts_of_the_keys():
+    from tritonops.attention import _part_of_keys
+
+    assert _part_of_keys(1, 700, 4, False) == 256
+    assert _part_of_keys(1, 700, 4, True) == _part_of_keys(17, 700, 4, False) == 700
+    assert _part_of_keys(1, 5000, 16, False) >= 5000
 
 
 def test_opcheck():

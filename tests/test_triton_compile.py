@@ -70,6 +70,29 @@ def test_stored_configurations():
     assert row(21, class_stride=65, inner=65) == (64, 32)
 
 
+def test_stored_attention_tiles():
+    """The largest tile that fills the device, none much longer than the queries; the last for
+    scores that need registers."""
+    from types import SimpleNamespace
+
+    from tritonops.attention_tile import TILES, stored_tile
+
+    def tile(kind, batch, seq_q, seq_k, multiprocessors=132, **features):
+        a = {"MASK": 0, "ALIBI": False, "SOFTCAP": False, "DROPOUT": False, "GROUP": 1, "heads": 16}
+        a |= {"query_ptr": SimpleNamespace(shape=(batch,)), "seq_q": seq_q, "seq_k": seq_k}
+        return stored_tile(kind, TILES[kind][2, 64], a | features, multiprocessors)
+
+    row = TILES["forward"][2, 64]
+    assert tile("forward", 8, 2048, 2048) == row[0]
+    assert tile("forward", 8, 2048, 2048, DROPOUT=True) == row[-1]
+    assert tile("forward", 8, 2048, 2048, PACKED=True) == row[1]
+    assert tile("forward", 1, 256, 2048)[0] == 64
+    assert tile("forward", 32, 32, 2048)[0] == 64
+    assert tile("key", 8, 2048, 2048) == TILES["key"][2, 64][0]
+    assert tile("key", 1, 2048, 512, GROUP=16)[1] == 32
+    assert tile("query", 1, 64, 2048)[0] == 16
+
+
 def test_a_stored_launch():
     """The choice sees positional and named arguments; what it chooses joins the launch."""
     import triton

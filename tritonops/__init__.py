@@ -8,7 +8,12 @@ from tritonops.launch import INTERPRETED  # first: the kernels' modules read it 
 # isort: split
 
 from tritonops import attention, cross_entropy, linear_act, linear_cross_entropy
-from tritonops.attention import attention_backward, attention_forward
+from tritonops.attention import (
+    attention_backward,
+    attention_forward,
+    varlen_attention_backward,
+    varlen_attention_forward,
+)
 from tritonops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from tritonops.linear_act import dropout, linear_act_backward, linear_act_forward
 from tritonops.linear_cross_entropy import (
@@ -30,6 +35,8 @@ __all__ = [
     "linear_cross_entropy_forward",
     "refusal",
     "scale_",
+    "varlen_attention_backward",
+    "varlen_attention_forward",
 ]
 
 _REFUSALS = {
@@ -38,6 +45,7 @@ _REFUSALS = {
     "dropout": lambda features: None,
     "linear_act": linear_act.refusal,
     "linear_cross_entropy": linear_cross_entropy.refusal,
+    "varlen_attention": attention.refusal,
 }
 
 

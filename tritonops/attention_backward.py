@@ -17,18 +17,22 @@ from tritonops.attention_tile import (
     ADDITIVE_MASK,
     LOG2E,
     UNSPECIALIZED,
-    autotuned,
     bias_sees,
+    configured,
     exponential,
     load_bias,
     load_key_bias,
     load_tile,
+    packed_problem,
     phase_bounds,
     problem,
+    rows_before,
     score_tile,
+    sequence,
     softcap_slope,
     span,
     store_tile,
+    unpacked,
 )
 from tritonops.launch import dot, rounded
 from tritonops.philox import dropout_keep
@@ -67,37 +71,44 @@ def attention_delta_kernel(
     tl.store(row_lse_ptr + plane * seq_q + row, row_lse, mask=inside)
 
 
-@autotuned("key")
+@configured("key")
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_key_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, alibi_ptr, seed_ptr,
-    grad_out_ptr, delta_ptr, row_lse_ptr, grad_key_ptr, grad_value_ptr,
+    grad_out_ptr, delta_ptr, row_lse_ptr, grad_key_ptr, grad_value_ptr, starts_q_ptr, starts_k_ptr,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
     stride_ab, stride_ah, stride_gb, stride_gh, stride_gs, stride_gd,
-    heads, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, tune_q, tune_k,
+    heads, pitch, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, tune_q, tune_k,
     grad_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Tiles lie transposed, keys x queries: P^T and dS^T are then the left factors of dv and dk.
     tiles = tl.cdiv(seq_k, BLOCK_N)
     first = tl.program_id(0) % tiles * BLOCK_N
     plane = tl.program_id(0) // tiles
-    last = tl.minimum(first + BLOCK_N, seq_k) - 1
     heads_k = heads // GROUP
     b, head_k = (plane // heads_k).to(tl.int64), (plane % heads_k).to(tl.int64)
+    columns = seq_k
+    row_origin, first_row, first_key, seq_q, seq_k, low, high, shift = sequence(
+        starts_q_ptr, starts_k_ptr, b, heads, pitch, seq_q, seq_k, low, high, shift, PACKED
+    )
+    if PACKED:
+        if first >= seq_k:
+            return
+    last = tl.minimum(first + BLOCK_N, seq_k) - 1
     col = first + tl.arange(0, BLOCK_N)
     k = load_tile(
-        key_ptr + b * stride_kb + head_k * stride_kh, first, 0, seq_k, stride_ks, stride_kd,
-        BLOCK_N, BLOCK_D, HEAD_DIM, True,
+        key_ptr + b * stride_kb + head_k * stride_kh + first_key * stride_ks, first, 0, seq_k,
+        stride_ks, stride_kd, BLOCK_N, BLOCK_D, HEAD_DIM, True,
     )  # fmt: skip
     v = load_tile(
-        value_ptr + b * stride_vb + head_k * stride_vh, first, 0, seq_k, stride_vs, stride_vd,
-        BLOCK_N, BLOCK_DV, VALUE_DIM, True,
+        value_ptr + b * stride_vb + head_k * stride_vh + first_key * stride_vs, first, 0, seq_k,
+        stride_vs, stride_vd, BLOCK_N, BLOCK_DV, VALUE_DIM, True,
     )  # fmt: skip
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -107,9 +118,9 @@ def attention_backward_key_kernel(
     )
     for member in range(GROUP):
         h = head_k * GROUP + member
-        query_base = query_ptr + b * stride_qb + h * stride_qh
-        grad_out_base = grad_out_ptr + b * stride_gb + h * stride_gh
-        rows_before = (b * heads + h) * seq_q
+        query_base = query_ptr + b * stride_qb + h * stride_qh + first_row * stride_qs
+        grad_out_base = grad_out_ptr + b * stride_gb + h * stride_gh + first_row * stride_gs
+        row_number = row_origin + h * pitch
         slope = 0.0
         if ALIBI:
             slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
@@ -138,14 +149,14 @@ def attention_backward_key_kernel(
                     scale, cap, FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
                 row_lse = tl.load(
-                    row_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf")
+                    row_lse_ptr + row_number + row, mask=row < seq_q, other=float("inf")
                 )
-                delta = tl.load(delta_ptr + rows_before + row, mask=row < seq_q, other=0.0)
+                delta = tl.load(delta_ptr + row_number + row, mask=row < seq_q, other=0.0)
                 p = exponential(s, row_lse[None, :], scale, FOLD)
                 dropped = p
                 if DROPOUT:
                     keep = tl.trans(
-                        dropout_keep(seed_ptr, threshold, rows_before + row, first, seq_k, BLOCK_N)
+                        dropout_keep(seed_ptr, threshold, row_number + row, first, columns, BLOCK_N)
                     )
                     dropped = tl.where(keep, p, 0.0)
                 # dV += P^T dO
@@ -167,20 +178,21 @@ def attention_backward_key_kernel(
                 grad_k = dot(rounded(grad_s, q.dtype), q, grad_k, "ieee")
     if DROPOUT:
         grad_v *= keep_scale
-    plane = plane.to(tl.int64) * seq_k
+    before = rows_before(b, head_k, heads_k, first_key, seq_k, PACKED)
     store_tile(
-        grad_key_ptr + plane * HEAD_DIM, first, seq_k, grad_k * grad_scale,
-        BLOCK_N, BLOCK_D, HEAD_DIM,
+        grad_key_ptr, before, heads_k, first, seq_k, grad_k * grad_scale,
+        BLOCK_N, BLOCK_D, HEAD_DIM, PACKED,
     )  # fmt: skip
     store_tile(
-        grad_value_ptr + plane * VALUE_DIM, first, seq_k, grad_v, BLOCK_N, BLOCK_DV, VALUE_DIM
-    )
+        grad_value_ptr, before, heads_k, first, seq_k, grad_v,
+        BLOCK_N, BLOCK_DV, VALUE_DIM, PACKED,
+    )  # fmt: skip
 
 
 @triton.jit
 def _grad_score_tile(
     q, k, v, grad_out, bias, row, col, first_col, slope, row_lse, delta, seed_ptr, dropout_row,
-    seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
+    columns, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
     FOLD: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -196,7 +208,7 @@ def _grad_score_tile(
     p = exponential(s, row_lse[:, None], scale, FOLD)
     grad_p = dot(grad_out, tl.trans(v), None, "ieee")
     if DROPOUT:
-        keep = dropout_keep(seed_ptr, threshold, dropout_row, first_col, seq_k, BLOCK_N)
+        keep = dropout_keep(seed_ptr, threshold, dropout_row, first_col, columns, BLOCK_N)
         grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
     grad_s = p * (grad_p - delta[:, None])
     if EDGE or MASK:
@@ -204,20 +216,20 @@ def _grad_score_tile(
     return qk, grad_s
 
 
-@autotuned("query")
+@configured("query")
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_query_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, alibi_ptr, seed_ptr,
-    grad_out_ptr, delta_ptr, row_lse_ptr, grad_query_ptr,
+    grad_out_ptr, delta_ptr, row_lse_ptr, grad_query_ptr, starts_q_ptr, starts_k_ptr,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
     stride_ab, stride_ah, stride_gb, stride_gh, stride_gs, stride_gd,
-    heads, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, tune_q, tune_k,
+    heads, pitch, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, tune_q, tune_k,
     grad_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, FOLD: tl.constexpr,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(seq_q, BLOCK_M)
@@ -226,22 +238,29 @@ def attention_backward_query_kernel(
     if HAS_HIGH:
         tile = tiles - 1 - tile
     first = tile * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, seq_q) - 1
     b, h = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
-    key_ptr += b * stride_kb + h // GROUP * stride_kh
-    value_ptr += b * stride_vb + h // GROUP * stride_vh
+    columns = seq_k
+    row_origin, first_row, first_key, seq_q, seq_k, low, high, shift = sequence(
+        starts_q_ptr, starts_k_ptr, b, heads, pitch, seq_q, seq_k, low, high, shift, PACKED
+    )
+    if PACKED:
+        if first >= seq_q:
+            return
+    last = tl.minimum(first + BLOCK_M, seq_q) - 1
+    key_ptr += b * stride_kb + h // GROUP * stride_kh + first_key * stride_ks
+    value_ptr += b * stride_vb + h // GROUP * stride_vh + first_key * stride_vs
     row = first + tl.arange(0, BLOCK_M)
-    rows_before = (b * heads + h) * seq_q
+    row_number = row_origin + h * pitch + row
     q = load_tile(
-        query_ptr + b * stride_qb + h * stride_qh, first, 0, seq_q, stride_qs, stride_qd,
-        BLOCK_M, BLOCK_D, HEAD_DIM, True,
+        query_ptr + b * stride_qb + h * stride_qh + first_row * stride_qs, first, 0, seq_q,
+        stride_qs, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM, True,
     )  # fmt: skip
     grad_out = load_tile(
-        grad_out_ptr + b * stride_gb + h * stride_gh, first, 0, seq_q, stride_gs, stride_gd,
-        BLOCK_M, BLOCK_DV, VALUE_DIM, True,
+        grad_out_ptr + b * stride_gb + h * stride_gh + first_row * stride_gs, first, 0, seq_q,
+        stride_gs, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True,
     )  # fmt: skip
-    row_lse = tl.load(row_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf"))
-    delta = tl.load(delta_ptr + rows_before + row, mask=row < seq_q, other=0.0)
+    row_lse = tl.load(row_lse_ptr + row_number, mask=row < seq_q, other=float("inf"))
+    delta = tl.load(delta_ptr + row_number, mask=row < seq_q, other=0.0)
     slope = 0.0
     if ALIBI:
         slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
@@ -274,10 +293,9 @@ def attention_backward_query_kernel(
                     bias = key_bias[None, :]
                     seen = bias_sees(key_bias, MASK)
             qk, grad_s = _grad_score_tile(
-                q, k, v, grad_out, bias, row, col, n, slope, row_lse, delta, seed_ptr,
-                rows_before + row, seq_q, seq_k, low, high, shift, scale, cap, threshold,
-                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH,
-                BLOCK_N,
+                q, k, v, grad_out, bias, row, col, n, slope, row_lse, delta, seed_ptr, row_number,
+                columns, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, FOLD,
+                MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
             if SOFTCAP:
                 grad_s *= softcap_slope(qk, scale)
@@ -286,12 +304,12 @@ def attention_backward_query_kernel(
                 k = tl.where(seen[:, None], k, 0.0)
             grad_q = dot(rounded(grad_s, k.dtype), k, grad_q, "ieee")
     store_tile(
-        grad_query_ptr + rows_before * HEAD_DIM, first, seq_q, grad_q * grad_scale,
-        BLOCK_M, BLOCK_D, HEAD_DIM,
+        grad_query_ptr, rows_before(b, h, heads, first_row, seq_q, PACKED), heads, first, seq_q,
+        grad_q * grad_scale, BLOCK_M, BLOCK_D, HEAD_DIM, PACKED,
     )  # fmt: skip
 
 
-@autotuned("mask")
+@configured("mask")
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "batches", "mask_b", "mask_h", "mask_q", "mask_k"))
 def attention_backward_mask_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, alibi_ptr, seed_ptr,
@@ -353,9 +371,9 @@ def attention_backward_mask_kernel(
                 grad_out_ptr + b * stride_gb + h * stride_gh, first_row, 0, seq_q,
                 stride_gs, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM, True,
             )  # fmt: skip
-            rows_before = (b * heads + h) * seq_q
-            row_lse = tl.load(row_lse_ptr + rows_before + row, mask=row < seq_q, other=float("inf"))
-            delta = tl.load(delta_ptr + rows_before + row, mask=row < seq_q, other=0.0)
+            row_number = (b * heads + h) * seq_q + row
+            row_lse = tl.load(row_lse_ptr + row_number, mask=row < seq_q, other=float("inf"))
+            delta = tl.load(delta_ptr + row_number, mask=row < seq_q, other=0.0)
             slope = 0.0
             if ALIBI:
                 slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
@@ -365,7 +383,7 @@ def attention_backward_mask_kernel(
             )  # fmt: skip
             _, grad_s = _grad_score_tile(
                 q, k, v, grad_out, bias, row, col, first_col, slope, row_lse, delta, seed_ptr,
-                rows_before + row, seq_q, seq_k, low, high, shift, scale, cap, threshold,
+                row_number, seq_k, seq_q, seq_k, low, high, shift, scale, cap, threshold,
                 keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
             acc += grad_s
@@ -414,58 +432,104 @@ def _grad_mask(arguments, attn_mask, batch):
     return grad_mask
 
 
-def attention_backward(
-    grad_out, grad_lse, query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse,
-    dropout_p, scale, softcap, bottom_right, window_left, window_right, output_mask,
-):  # fmt: skip
-    batch, heads, seq_q, _ = query.shape
-    heads_k, seq_k = key.shape[1:3]
-    skipped = query.new_empty((0,))
-    delta = query.new_empty((batch, heads, seq_q), dtype=torch.float32)
+def _deltas(grad_out, grad_lse, out, lse, fold):
+    """delta and lse as the kernels take them, (B, H, Sq)."""
+    batch, heads, seq_q, value_dim = grad_out.shape
+    delta = lse.new_empty(lse.shape, dtype=torch.float32)
     row_lse = torch.empty_like(delta)
-    arguments = problem(
-        query, key, value, attn_mask, alibi_slopes, seed, dropout_p, scale, softcap,
-        bottom_right, window_left, window_right,
-    )  # fmt: skip
     if delta.numel():
         grad_lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
         attention_delta_kernel[(triton.cdiv(seq_q, DELTA_ROWS) * batch * heads,)](
             grad_out, grad_lse, out, lse, delta, row_lse,
             *grad_out.stride(), *out.stride(), *grad_lse_strides, *lse.stride(), heads, seq_q,
-            LOG2E if arguments["FOLD"] else 1.0,
-            VALUE_DIM=value.shape[-1],
-            BLOCK_DV=max(16, triton.next_power_of_2(value.shape[-1])),
+            LOG2E if fold else 1.0,
+            VALUE_DIM=value_dim,
+            BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
             BLOCK_M=DELTA_ROWS,
         )  # fmt: skip
+    return delta, row_lse
+
+
+def _input_gradients(arguments, query, key, value, scale, wanted):
+    """Those of queries, keys and values that are wanted, of `batch` sequences."""
+    batch = arguments["query_ptr"].shape[0]
+    grad_query = grad_key = grad_value = skipped = query.new_empty((0,))
+    if wanted[0]:
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if grad_query.numel():
+            planes = batch * arguments["heads"]
+            attention_backward_query_kernel[
+                lambda tile: (triton.cdiv(arguments["seq_q"], tile["BLOCK_M"]) * planes,)
+            ](**arguments, grad_query_ptr=grad_query, grad_scale=scale)
+    if wanted[1] or wanted[2]:
+        grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
+        grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+        if grad_key.numel() or grad_value.numel():
+            planes_k = batch * arguments["heads"] // arguments["GROUP"]
+            attention_backward_key_kernel[
+                lambda tile: (triton.cdiv(arguments["seq_k"], tile["BLOCK_N"]) * planes_k,)
+            ](
+                **arguments, grad_key_ptr=grad_key, grad_value_ptr=grad_value, grad_scale=scale
+            )  # fmt: skip
+        grad_key = grad_key if wanted[1] else skipped
+        grad_value = grad_value if wanted[2] else skipped
+    return grad_query, grad_key, grad_value
+
+
+def _grad_sinks(sinks, delta, lse):
+    with torch.no_grad():
+        probability = torch.exp(sinks[..., None].float() - lse)
+        grad = (probability * delta).masked_fill(lse == -torch.inf, 0.0).sum(-1)
+        return -grad.sum_to_size(sinks.shape).to(sinks.dtype)
+
+
+def attention_backward(
+    grad_out, grad_lse, query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse,
+    dropout_p, scale, softcap, bottom_right, window_left, window_right, output_mask,
+):  # fmt: skip
+    batch, _, seq_q, _ = query.shape
+    arguments = problem(
+        query, key, value, attn_mask, alibi_slopes, seed, dropout_p, scale, softcap,
+        bottom_right, window_left, window_right,
+    )  # fmt: skip
+    delta, row_lse = _deltas(grad_out, grad_lse, out, lse, arguments["FOLD"])
     arguments |= {
         "grad_out_ptr": grad_out, "delta_ptr": delta, "row_lse_ptr": row_lse,
         "stride_gb": grad_out.stride(0), "stride_gh": grad_out.stride(1),
         "stride_gs": grad_out.stride(2), "stride_gd": grad_out.stride(3),
     }  # fmt: skip
-
-    grad_query = grad_key = grad_value = grad_mask = grad_sinks = skipped
-    if output_mask[0]:
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        if grad_query.numel():
-            attention_backward_query_kernel[
-                lambda tile: (triton.cdiv(seq_q, tile["BLOCK_M"]) * batch * heads,)
-            ](**arguments, grad_query_ptr=grad_query, grad_scale=scale)
-    if output_mask[1] or output_mask[2]:
-        grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
-        grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-        if grad_key.numel() or grad_value.numel():
-            attention_backward_key_kernel[
-                lambda tile: (triton.cdiv(seq_k, tile["BLOCK_N"]) * batch * heads_k,)
-            ](
-                **arguments, grad_key_ptr=grad_key, grad_value_ptr=grad_value, grad_scale=scale
-            )  # fmt: skip
-        grad_key = grad_key if output_mask[1] else skipped
-        grad_value = grad_value if output_mask[2] else skipped
+    gradients = _input_gradients(
+        arguments | unpacked(seq_q), query, key, value, scale, output_mask
+    )  # fmt: skip
+    grad_mask = grad_sinks = query.new_empty((0,))
     if output_mask[3] and arguments["MASK"] == ADDITIVE_MASK:
         grad_mask = _grad_mask(arguments, attn_mask, batch)
     if output_mask[4]:
-        with torch.no_grad():
-            probability = torch.exp(sinks[..., None].float() - lse)
-            grad = (probability * delta).masked_fill(lse == -torch.inf, 0.0).sum(-1)
-            grad_sinks = -grad.sum_to_size(sinks.shape).to(sinks.dtype)
-    return grad_query, grad_key, grad_value, grad_mask, grad_sinks
+        grad_sinks = _grad_sinks(sinks, delta, lse)
+    return *gradients, grad_mask, grad_sinks
+
+
+def varlen_attention_backward(
+    grad_out, grad_lse, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    alibi_slopes, sinks, seed, out, lse, dropout_p, scale, softcap, bottom_right, window_left,
+    window_right, output_mask,
+):  # fmt: skip
+    arguments = packed_problem(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes,
+        seed, dropout_p, scale, softcap, bottom_right, window_left, window_right,
+    )  # fmt: skip
+    # Row by row, all of them are one sequence.
+    delta, row_lse = _deltas(
+        grad_out.transpose(0, 1)[None], None if grad_lse is None else grad_lse[None],
+        out.transpose(0, 1)[None], lse[None], arguments["FOLD"],
+    )  # fmt: skip
+    arguments |= {
+        "grad_out_ptr": grad_out, "delta_ptr": delta, "row_lse_ptr": row_lse,
+        "stride_gb": 0, "stride_gh": grad_out.stride(1),
+        "stride_gs": grad_out.stride(0), "stride_gd": grad_out.stride(2),
+    }  # fmt: skip
+    gradients = _input_gradients(arguments, query, key, value, scale, output_mask)
+    grad_sinks = query.new_empty((0,))
+    if output_mask[3]:
+        grad_sinks = _grad_sinks(sinks, delta[0], lse)
+    return *gradients, grad_sinks

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tritonops.activation import tanh, tanh_derivative
-from tritonops.launch import configurations, rounded
+from tritonops.launch import processors, rounded, stored_or_tuned
 from tritonops.philox import dropout_rate
 
 LOG2E = 1.4426950408889634
@@ -40,15 +40,55 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    base, start, size, tile, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr
+    base, before, heads, start, size, tile, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDTH: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile into a contiguous (size, WIDTH) matrix from row `start`."""
+    """Write a tile into rows `start` to `size` of one head, which is WIDTH wide and has `before`
+    rows of all heads before it: its own lie side by side or, of a packed tensor, `heads` apart."""
     row = tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
-    base += tl.cast(start, tl.int64) * WIDTH
+    step = WIDTH
+    if PACKED:
+        step = heads * WIDTH
+    base += before * WIDTH + tl.cast(start, tl.int64) * step
     inside = (start + row < size)[:, None] & (col < WIDTH)[None, :]
     tile = rounded(tile, base.dtype.element_ty)
-    tl.store(base + row[:, None] * WIDTH + col[None, :], tile, mask=inside)
+    tl.store(base + row[:, None] * step + col[None, :], tile, mask=inside)
+
+
+@triton.jit
+def sequence(
+    starts_q_ptr, starts_k_ptr, b, heads, pitch, seq_q, seq_k, low, high, shift,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Sequence b: (row_origin, first_row, first_key, seq_q, seq_k, low, high, shift).
+
+    Rows of head h are numbered row_origin + h pitch and up, for lse and dropout. Packed sequences
+    lie one behind the other from their starts on; seq_q and seq_k are then the longest ones'
+    lengths, and `shift` is 1 where the last row is to see the last key.
+    """
+    if PACKED:
+        first_row = tl.load(starts_q_ptr + b)
+        first_key = tl.load(starts_k_ptr + b)
+        seq_q = tl.load(starts_q_ptr + b + 1) - first_row
+        seq_k = tl.load(starts_k_ptr + b + 1) - first_key
+        shift = shift * (seq_k - seq_q)
+        first_row = first_row.to(tl.int64)
+        return (
+            first_row, first_row, first_key.to(tl.int64), seq_q, seq_k, low + shift, high + shift,
+            shift,
+        )  # fmt: skip
+    else:
+        return b * heads * pitch, b * 0, b * 0, seq_q, seq_k, low, high, shift
+
+
+@triton.jit
+def rows_before(b, h, heads, first, size, PACKED: tl.constexpr):
+    """The rows of all heads that lie before head h of a result: see store_tile."""
+    if PACKED:
+        return first * heads + h
+    else:
+        return (b * heads + h) * size
 
 
 @triton.jit
@@ -203,6 +243,9 @@ TILES = {
         (4, 256): [(16, 16, 8, 1)],
     },
 }
+# The same of the forward for up to so many queries (decoding), with every feature
+DECODE_ROWS = 16
+DECODE_TILES = {(2, 64): (16, 64, 4, 3), (2, 128): (16, 64, 4, 3), (2, 256): (16, 32, 4, 3)}
 INTERPRETER_TILE = (32, 32, 4, 1)
 
 
@@ -215,32 +258,57 @@ def _config(tile):
     return triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
 
 
-def autotuned(kind: str):
-    """The autotuner of one kernel: the few tiles of its table row, one under the interpreter."""
+def packed_tiles(kind, row):
+    """The tiles of a row that packed sequences leave enough registers on every target."""
+    return row[1:] or row if kind == "forward" else row
+
+
+def stored_tile(kind, row, a, multiprocessors):
+    """The first tile of a row of the table that gives every multiprocessor a program, or the one
+    with the most programs; the last where the scores need more than a scale and a band.
+
+    Unmeasured: a larger tile reads keys and values less often, which is all that it is for.
+    """
+    if a["MASK"] or a["ALIBI"] or a["SOFTCAP"] or a["DROPOUT"]:
+        return row[-1]
+    if a.get("PACKED"):
+        row = packed_tiles(kind, row)
+    # A tile much longer than the queries only computes padding.
+    row = [tile for tile in row if tile[0] <= 2 * max(a["seq_q"], 16)] or row[-1:]
+    planes = a["query_ptr"].shape[0] * a["heads"]
+
+    def programs(tile):
+        if kind == "key":
+            return triton.cdiv(a["seq_k"], tile[1]) * (planes // a["GROUP"])
+        return triton.cdiv(a["seq_q"], tile[0]) * planes
+
+    full = (tile for tile in row if programs(tile) >= multiprocessors)
+    return next(full, max(row, key=programs))
+
+
+def configured(kind: str):
+    """Launches a kernel with the tile stored for the call, or tunes those of its table row."""
     table = TILES[kind]
-    tiles = sorted({tile for row in table.values() for tile in row})
+    few = DECODE_TILES if kind == "forward" else {}
+    configs = {tile: _config(tile) for row in (*table.values(), few.values()) for tile in row}
 
-    def prune(configs, arguments, **named):
-        named = {**arguments, **named}
-        row = table[
-            tile_key(named["query_ptr"].element_size(), named["BLOCK_D"], named["BLOCK_DV"])
-        ]
-        # A tile much longer than the queries only computes padding.
-        short = [tile for tile in row if tile[0] <= 2 * max(named["seq_q"], 16)]
-        wanted = {str(_config(tile)) for tile in short or row[-1:]}
-        return [config for config in configs if str(config) in wanted]
+    def row(a):
+        key = tile_key(a["query_ptr"].element_size(), a["BLOCK_D"], a["BLOCK_DV"])
+        return [few[key]] if key in few and a["seq_q"] <= DECODE_ROWS else table[key]
 
-    return triton.autotune(
-        configs=configurations([_config(tile) for tile in tiles], _config(INTERPRETER_TILE)),
-        key=["tune_q", "tune_k", "BLOCK_D", "BLOCK_DV", "GROUP", "MASK", "MASK_ROWS", "ALIBI",
-             "SOFTCAP", "DROPOUT", "HAS_LOW", "HAS_HIGH"],
-        prune_configs_by={"early_config_prune": prune},
+    return stored_or_tuned(
+        list(configs.values()), _config(INTERPRETER_TILE),
+        ["tune_q", "tune_k", "BLOCK_D", "BLOCK_DV", "GROUP", "MASK", "MASK_ROWS", "ALIBI",
+         "SOFTCAP", "DROPOUT", "HAS_LOW", "HAS_HIGH"],
+        lambda _, arguments, **named: [configs[tile] for tile in row({**arguments, **named})],
+        lambda _, a: configs[stored_tile(kind, row(a), a, processors())],
     )  # fmt: skip
 
 
 # Lengths and positions vary from call to call: none may compile a kernel of its own.
 UNSPECIALIZED = (
-    "heads", "seq_q", "seq_k", "low", "high", "shift", "threshold", "tune_q", "tune_k",
+    "heads", "pitch", "seq_q", "seq_k", "low", "high", "shift", "threshold", "tune_q", "tune_k",
+    "split_keys", "split_rows",
 )  # fmt: skip
 
 
@@ -303,6 +371,35 @@ def problem(
     }  # fmt: skip
 
 
+def unpacked(seq_q: int) -> dict:
+    """What the kernels that serve packed sequences take beyond that, for others."""
+    return {"starts_q_ptr": None, "starts_k_ptr": None, "pitch": seq_q, "PACKED": False}
+
+
+def packed_problem(
+    query, key, value, starts_q, starts_k, longest_q, longest_k, alibi_slopes, seed, dropout_p,
+    scale, softcap, bottom_right, window_left, window_right,
+):  # fmt: skip
+    """The arguments for sequences packed in (T, H, D) tensors: a batch of them, each of which is
+    somewhere in the same tensor."""
+    batch = starts_q.numel() - 1
+    views = (
+        _addressable(tensor.transpose(0, 1)).expand(batch, -1, -1, -1)
+        for tensor in (query, key, value)
+    )
+    arguments = problem(
+        *views, None, alibi_slopes, seed, dropout_p, scale, softcap, False, -1, -1
+    )  # fmt: skip
+    return arguments | {
+        "starts_q_ptr": starts_q.contiguous(), "starts_k_ptr": starts_k.contiguous(),
+        "pitch": query.shape[0],
+        "seq_q": longest_q, "seq_k": longest_k, "shift": int(bottom_right),
+        "low": -window_left, "high": window_right,
+        "tune_q": triton.next_power_of_2(longest_q), "tune_k": triton.next_power_of_2(longest_k),
+        "HAS_LOW": window_left >= 0, "HAS_HIGH": window_right >= 0, "PACKED": True,
+    }  # fmt: skip
+
+
 def aot_case(kernel, tile, dtype, head_dim, pointers=(), mask_type=None, **features):
     """A launch to compile ahead of time: (kernel, signature, constexprs, options), rows contiguous.
 
@@ -312,18 +409,23 @@ def aot_case(kernel, tile, dtype, head_dim, pointers=(), mask_type=None, **featu
         "HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_D": _padded(head_dim),
         "BLOCK_DV": _padded(head_dim), "GROUP": 1, "MASK": NO_MASK, "MASK_ROWS": True,
         "ALIBI": False, "SINKS": False, "SOFTCAP": False, "DROPOUT": False, "FOLD": True,
-        "HAS_LOW": False, "HAS_HIGH": True, "SUM_ROWS": False, "SUM_COLS": False,
-        "BLOCK_M": tile[0], "BLOCK_N": tile[1], **features,
+        "HAS_LOW": False, "HAS_HIGH": True, "SUM_ROWS": False, "SUM_COLS": False, "PACKED": False,
+        "SPLIT": False, "BLOCK_M": tile[0], "BLOCK_N": tile[1], **features,
     }  # fmt: skip
     elements = ("query_ptr", "key_ptr", "value_ptr", "grad_out_ptr", "out_ptr", *pointers)
     types = dict.fromkeys(elements, f"*{dtype}:16")
-    types |= dict.fromkeys(("delta_ptr", "row_lse_ptr", "lse_ptr"), "*fp32:16")
+    types |= dict.fromkeys(
+        ("delta_ptr", "row_lse_ptr", "lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32:16"
+    )
+    types |= {"out_ptr": "*fp32:16"} if constexprs["SPLIT"] else {}
     types |= dict.fromkeys(("scale", "cap", "keep_scale", "grad_scale", "lse_scale"), "fp32")
     if constexprs["MASK"]:
         types["mask_ptr"] = f"*{mask_type or 'u8'}:16"
     types |= {"alibi_ptr": "*fp32:16"} if constexprs["ALIBI"] else {}
     types |= {"sinks_ptr": "*fp32:16"} if constexprs["SINKS"] else {}
     types |= {"seed_ptr": "*i64:16"} if constexprs["DROPOUT"] else {}
+    if constexprs["PACKED"]:
+        types |= {"starts_q_ptr": "*i32:16", "starts_k_ptr": "*i32:16"}
     signature, constants = {}, {}
     for name in kernel.arg_names:
         if name in constexprs:

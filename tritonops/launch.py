@@ -63,7 +63,7 @@ def shared_limit() -> int:
 
 def processors() -> int:
     """Multiprocessors of the current device."""
-    return _device_property("multiprocessor_count")
+    return 8 if INTERPRETED else _device_property("multiprocessor_count")
 
 
 def dot_precision() -> str:

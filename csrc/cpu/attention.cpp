@@ -4,13 +4,15 @@
 //   with a running row maximum m and sum l; tiles outside of the band are skipped.
 //   Work: one task per (batch, kv head), which packs that head's K and V and keeps them in cache;
 //   where that leaves threads idle, packing is shared and each block of query rows is a task. A few
-//   rows per kv head (decoding) read K and V in place instead, the keys split.
+//   rows per kv head (decoding) read K and V in place instead, the keys split. Packed sequences are
+//   shared out by varlen_attention.h.
 //   Memory: the packed K and V in flight plus one tile per thread, linear in the sequence.
 //   Numerics: scores, m, l and O in float (double for double); P is rounded to the type of the
 //   GEMM. Floor: two GEMMs. Of (8,12,512,64) they take 73 % of the time in bfloat16, 86 % in float.
 #include "attention_pack.h"
 #include "attention_tile.h"
 #include "registry.h"
+#include "varlen_attention.h"
 
 namespace fastnn {
 inline namespace CPU_CAPABILITY {
@@ -103,20 +105,24 @@ template <typename T>
 struct Output {
   using A = accumulate_t<T>;
   const Problem<T>& p;
-  T* out;
+  View<T> out;
   A* lse;
+
+  // The same of a part of the problem.
+  Output of(const Problem<T>& part) const { return {part, out, lse}; }
 
   // Row (b, h, q) from its unnormalized sum o; a row that saw no key is 0, with lse -inf.
   void write(int64_t b, int64_t h, int64_t q, const A* o, A m, A l) const {
     using Vec = Vectorized<A>;
     const int64_t row = p.row_index(b, h, q);
+    T* to = out.at(b, h, p.first_row + q);
     const bool empty = l == A(0) || m == -kInfinity<A>;
     const bool nan = l != l;
     // The scale of what dropout kept
     const A kept = p.dropout ? static_cast<A>(p.rate.scale) : A(1);
     const Vec inverse(empty && !nan ? A(0) : kept / l);
     for (int64_t d = 0; d < p.value_dim; d += Vec::size()) {
-      store_vec<T>(out + row * p.value_dim + d, Vec::loadu(o + d) * inverse, p.value_dim - d);
+      store_vec<T>(to + d, Vec::loadu(o + d) * inverse, p.value_dim - d);
     }
     lse[row] = nan ? l : empty ? -kInfinity<A> : m + std::log(l);
   }
@@ -128,23 +134,23 @@ class Forward {
   using A = accumulate_t<T>;
   using Vec = Vectorized<A>;
 
-  Forward(const Problem<T>& p, const Output<T>& output)
-      : p_(p),
+  explicit Forward(const Output<T>& output)
+      : p_(output.p),
         output_(output),
-        scores_(p),
-        depth_(pad_k<C>(p.dim)),
-        width_(round_up(p.value_dim, Vec::size())),
+        scores_(p_),
+        depth_(pad_k<C>(p_.dim)),
+        width_(round_up(p_.value_dim, Vec::size())),
         q_(kQueryBlock * depth_),
-        s_(p.key_block),
-        probs_(kQueryBlock * p.key_block),
+        s_(p_.key_block),
+        probs_(kQueryBlock * p_.key_block),
         o_(kQueryBlock * width_),
         m_(kQueryBlock),
         l_(kQueryBlock) {}
 
   void run(int64_t b, int64_t h, int64_t i, const Keys<T, C>& keys, int64_t slot) {
     const int64_t rows = p_.rows_of(i);
-    load_rows<T, C>(p_.query.at(b, h, i * kQueryBlock), p_.query.row, p_.query.col, rows, p_.dim,
-                    q_.get(), depth_);
+    load_rows<T, C>(p_.query.at(b, h, p_.first_row + i * kQueryBlock), p_.query.row, p_.query.col,
+                    rows, p_.dim, q_.get(), depth_);
     std::fill_n(o_.get(), rows * width_, A(0));
     // A sink is a key seen by every row, whose value is 0.
     std::fill_n(m_.get(), rows, p_.sinks ? p_.sinks[b * p_.heads + h] : -kInfinity<A>);
@@ -193,8 +199,8 @@ class Forward {
       const Range& seen = t.of_group[r / kGroup];
       const int64_t key = seen.begin * kPanel, count = std::min(seen.end * kPanel, t.cols) - key;
       accumulate_visible(1, p_.value_dim, count, probs_.get() + r * p_.key_block + key, 0, 1,
-                         p_.value.at(t.b, t.h / p_.group, t.k0 + key), p_.value.row, p_.value.col,
-                         o_.get() + r * width_, 0, 1);
+                         p_.value.at(t.b, t.h / p_.group, p_.first_key + t.k0 + key), p_.value.row,
+                         p_.value.col, o_.get() + r * width_, 0, 1);
     }
   }
 
@@ -223,18 +229,18 @@ class FewRows {
     return p.group * p.queries <= kFewRows && p.key.col == 1 && p.value.col == 1;
   }
 
-  // The sums of every part: o, and m and l behind it.
+  // The sums of every part of some heads: o, and m and l behind it.
   struct Parts {
     int64_t splits, rows, width;
     Buffer<A> sums;
 
-    explicit Parts(const Problem<T>& p)
+    Parts(const Problem<T>& p, int64_t heads)
         : splits(std::max<int64_t>(1, ceil_div(p.key_blocks, kSplit))),
           rows(p.group * p.queries),
           width(round_up(p.value_dim, kLane)),
-          sums(p.batch * p.kv_heads * splits * rows * (width + 2)) {}
-    A* at(int64_t head, int64_t split, int64_t r) const {
-      return sums.get() + ((head * splits + split) * rows + r) * (width + 2);
+          sums(heads * splits * rows * (width + 2)) {}
+    A* at(int64_t slot, int64_t split, int64_t r) const {
+      return sums.get() + ((slot * splits + split) * rows + r) * (width + 2);
     }
   };
 
@@ -246,16 +252,16 @@ class FewRows {
         q_(kFewRows * depth_),
         s_(kFewRows * p.key_block) {}
 
-  void run(int64_t head, int64_t split) {
-    const int64_t b = head / p_.kv_heads, kv = head % p_.kv_heads;
+  // A part of kv head (b, kv), which is the slot-th of the heads held.
+  void run(int64_t b, int64_t kv, int64_t slot, int64_t split) {
     const int64_t rows = parts_.rows, width = parts_.width, ld = p_.key_block;
     for (int64_t g = 0; g < p_.group; ++g) {
       const int64_t h = kv * p_.group + g;
-      load_rows<T, A>(p_.query.at(b, h, 0), p_.query.row, p_.query.col, p_.queries, p_.dim,
-                      q_.get() + g * p_.queries * depth_, depth_);
+      load_rows<T, A>(p_.query.at(b, h, p_.first_row), p_.query.row, p_.query.col, p_.queries,
+                      p_.dim, q_.get() + g * p_.queries * depth_, depth_);
       const bool sink = p_.sinks && split == 0;
       for (int64_t q = 0; q < p_.queries; ++q) {
-        A* o = parts_.at(head, split, g * p_.queries + q);
+        A* o = parts_.at(slot, split, g * p_.queries + q);
         std::fill_n(o, width, A(0));
         o[width] = sink ? p_.sinks[b * p_.heads + h] : -kInfinity<A>;
         o[width + 1] = sink ? A(1) : A(0);
@@ -263,14 +269,14 @@ class FewRows {
     }
     const int64_t last = std::min(p_.last_block(0), (split + 1) * kSplit);
     for (int64_t j = std::max(p_.first_block(0), split * kSplit); j < last; ++j) {
-      const int64_t k0 = j * p_.key_block, cols = p_.cols_of(j);
+      const int64_t k0 = p_.first_key + j * p_.key_block, cols = p_.cols_of(j);
       products(p_.key.at(b, kv, k0), rows, cols);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t h = kv * p_.group + r / p_.queries, q = r % p_.queries;
         if (q == 0) scores_.move_to(b, h, 0, j);
         const Tile& t = scores_.tile();
         if (t.panels.empty()) continue;
-        A *s = s_.get() + r * ld, *o = parts_.at(head, split, r);
+        A *s = s_.get() + r * ld, *o = parts_.at(slot, split, r);
         scores_.finish_row(q, t.panels, s, kPanel, nullptr);
         uint64_t keep[kKeepWords];
         if (p_.dropout) draw_keep(p_, t, q, t.panels, keep);
@@ -284,13 +290,14 @@ class FewRows {
   }
 
   // Puts the parts of a kv head together, in the first.
-  static void finish(const Problem<T>& p, const Parts& parts, const Output<T>& output,
-                     int64_t head) {
+  static void finish(const Parts& parts, const Output<T>& output, int64_t b, int64_t kv,
+                     int64_t slot) {
+    const Problem<T>& p = output.p;
     const int64_t width = parts.width;
     for (int64_t r = 0; r < parts.rows; ++r) {
-      A* o = parts.at(head, 0, r);
+      A* o = parts.at(slot, 0, r);
       for (int64_t split = 1; split < parts.splits; ++split) {
-        const A* part = parts.at(head, split, r);
+        const A* part = parts.at(slot, split, r);
         const A m = o[width], other = part[width];
         const A next = other > m || other != other ? other : m;
         const A base = next == -kInfinity<A> ? A(0) : next;
@@ -301,8 +308,7 @@ class FewRows {
         o[width] = next;
         o[width + 1] = o[width + 1] * mine + part[width + 1] * theirs;
       }
-      output.write(head / p.kv_heads, head % p.kv_heads * p.group + r / p.queries, r % p.queries, o,
-                   o[width], o[width + 1]);
+      output.write(b, kv * p.group + r / p.queries, r % p.queries, o, o[width], o[width + 1]);
     }
   }
 
@@ -372,21 +378,51 @@ class FewRows {
   Buffer<A> q_, s_;
 };
 
+// The query heads of one kv head.
+template <typename T, typename C>
+class HeadForward {
+ public:
+  explicit HeadForward(const Output<T>& output)
+      : p_(output.p), output_(output), task_(output_), keys_(p_, 1) {}
+
+  void run(int64_t b, int64_t kv) {
+    if (FewRows<T>::serves(p_)) {
+      const typename FewRows<T>::Parts parts(p_, 1);
+      FewRows<T> few(p_, parts);
+      for (int64_t split = 0; split < parts.splits; ++split) few.run(b, kv, 0, split);
+      FewRows<T>::finish(parts, output_, b, kv, 0);
+      return;
+    }
+    for (int64_t j = 0; j < p_.key_blocks; ++j) keys_.pack(b, kv, j, 0);
+    for (int64_t n = 0; n < p_.group * p_.query_blocks; ++n) {
+      task_.run(b, kv * p_.group + n / p_.query_blocks, n % p_.query_blocks, keys_, 0);
+    }
+  }
+
+ private:
+  const Problem<T>& p_;
+  const Output<T> output_;
+  Forward<T, C> task_;
+  const Keys<T, C> keys_;
+};
+
 template <typename T>
-void forward(const Problem<T>& p, const Output<T>& output) {
+void forward(const Output<T>& output) {
+  const Problem<T>& p = output.p;
   const int64_t kv_heads = p.batch * p.kv_heads;
   const double work = static_cast<double>(p.queries) * p.keys * (p.dim + p.value_dim) * p.group;
   if (FewRows<T>::serves(p)) {
-    const typename FewRows<T>::Parts parts(p);
+    const typename FewRows<T>::Parts parts(p, kv_heads);
     at::parallel_for(0, kv_heads * parts.splits, grain(work / parts.splits),
                      [&](int64_t begin, int64_t end) {
                        FewRows<T> task(p, parts);
                        for (int64_t t = begin; t < end; ++t) {
-                         task.run(t / parts.splits, t % parts.splits);
+                         const int64_t head = t / parts.splits;
+                         task.run(head / p.kv_heads, head % p.kv_heads, head, t % parts.splits);
                        }
                      });
     for (int64_t head = 0; head < kv_heads; ++head) {
-      FewRows<T>::finish(p, parts, output, head);
+      FewRows<T>::finish(parts, output, head / p.kv_heads, head % p.kv_heads, head);
     }
     return;
   }
@@ -394,15 +430,8 @@ void forward(const Problem<T>& p, const Output<T>& output) {
     using C = decltype(tag);
     if (whole_heads(kv_heads, 1.1)) {
       at::parallel_for(0, kv_heads, grain(work), [&](int64_t begin, int64_t end) {
-        Forward<T, C> task(p, output);
-        const Keys<T, C> keys(p, 1);
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t b = t / p.kv_heads, kv = t % p.kv_heads;
-          for (int64_t j = 0; j < p.key_blocks; ++j) keys.pack(b, kv, j, 0);
-          for (int64_t n = 0; n < p.group * p.query_blocks; ++n) {
-            task.run(b, kv * p.group + n / p.query_blocks, n % p.query_blocks, keys, 0);
-          }
-        }
+        HeadForward<T, C> task(output);
+        for (int64_t t = begin; t < end; ++t) task.run(t / p.kv_heads, t % p.kv_heads);
         release_tiles();
       });
       return;
@@ -417,7 +446,7 @@ void forward(const Problem<T>& p, const Output<T>& output) {
     const int64_t tasks = p.batch * p.heads * p.query_blocks;
     at::parallel_for(
         0, tasks, grain(work / p.group / p.query_blocks), [&](int64_t begin, int64_t end) {
-          Forward<T, C> task(p, output);
+          Forward<T, C> task(output);
           for (int64_t t = begin; t < end; ++t) {
             const int64_t head = t / p.query_blocks, b = head / p.heads, h = head % p.heads;
             task.run(b, h, balanced(t % p.query_blocks, p.query_blocks), keys,
@@ -445,8 +474,38 @@ std::tuple<at::Tensor, at::Tensor> attention_forward_cpu(
   visit_float(query.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const Problem<T> problem(query, key, value, options);
-    forward<T>(problem,
-               {problem, out.mutable_data_ptr<T>(), lse.mutable_data_ptr<accumulate_t<T>>()});
+    forward<T>({problem, View<T>(out.mutable_data_ptr<T>(), out),
+                lse.mutable_data_ptr<accumulate_t<T>>()});
+  });
+  return {out, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor> varlen_attention_forward_cpu(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, const std::optional<at::Tensor>& alibi_slopes,
+    const std::optional<at::Tensor>& sinks, const std::optional<at::Tensor>& seed, double dropout_p,
+    double scale, double softcap, bool bottom_right, int64_t window_left, int64_t window_right) {
+  const std::optional<at::Tensor> mask;
+  const Options options{mask,  alibi_slopes, sinks,        seed,        dropout_p,
+                        scale, softcap,      bottom_right, window_left, window_right};
+  const Sequences sequences("varlen_attention_forward", query, key, value, cu_seqlens_q,
+                            cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
+  const auto type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor out = empty_tensor({query.size(0), query.size(1), value.size(2)}, query.options());
+  at::Tensor lse = at::empty({query.size(1), query.size(0)}, query.options().dtype(type));
+  if (lse.numel() == 0) return {out, lse};
+  visit_float(query.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const Problem<T> all = sequences.all<T>(query, key, value, options);
+    const Output<T> output{all, View<T>(out.mutable_data_ptr<T>(), by_head(out)),
+                           lse.mutable_data_ptr<accumulate_t<T>>()};
+    visit_tile_type<T>([&](auto tile_tag) {
+      using C = decltype(tile_tag);
+      sequences.run(
+          all, [&](const Problem<T>& p) { forward<T>(output.of(p)); },
+          [&](const Problem<T>& p) { return HeadForward<T, C>(output.of(p)); });
+    });
   });
   return {out, lse};
 }
@@ -456,4 +515,7 @@ std::tuple<at::Tensor, at::Tensor> attention_forward_cpu(
 }  // namespace CPU_CAPABILITY
 }  // namespace fastnn
 
-FASTNN_CPU_KERNELS(m) { m.impl("attention_forward", fastnn::attention::attention_forward_cpu); }
+FASTNN_CPU_KERNELS(m) {
+  m.impl("attention_forward", fastnn::attention::attention_forward_cpu);
+  m.impl("varlen_attention_forward", fastnn::attention::varlen_attention_forward_cpu);
+}

@@ -37,15 +37,20 @@ inline constexpr int64_t kPanels = kKeyBlock / kPanel;
 
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
+inline int64_t key_block_of(int64_t keys) {
+  return std::clamp(round_up(keys, kPanel), kPanel, kKeyBlock);
+}
+
 template <typename A>
 inline constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
 // A (batch, head, row, column) tensor of any strides.
 template <typename T>
 struct View {
-  T* data;
-  int64_t batch, head, row, col;
+  T* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, col = 0;
 
+  View() = default;
   View(T* data, const at::Tensor& t)
       : data(data), batch(t.stride(0)), head(t.stride(1)), row(t.stride(2)), col(t.stride(3)) {}
   T* at(int64_t b, int64_t h, int64_t s) const { return data + b * batch + h * head + s * row; }
@@ -113,13 +118,17 @@ template <typename T>
 struct Problem {
   using A = accumulate_t<T>;
 
-  int64_t batch, heads, kv_heads, group, queries, keys, dim, value_dim;
-  int64_t query_blocks, key_block, key_blocks;
+  int64_t batch, heads, kv_heads, group, dim, value_dim;
+  int64_t queries, keys, query_blocks, key_block, key_blocks;
+  // Of a sequence that lies packed among others: its first row and key, the rows of all of them,
+  // and the columns of the dropout mask.
+  int64_t first_row = 0, first_key = 0, packed_rows, dropout_cols;
   View<const T> query, key, value;
   Mask mask;
   at::Tensor slopes_tensor, sinks_tensor;
   const A *slopes, *sinks;
   Band band;
+  bool bottom_right;
   A scale, softcap;
   // Nothing but a positive scale and hidden keys stand between q k^T and the softmax: the scale is
   // then folded into the exponential.
@@ -133,13 +142,11 @@ struct Problem {
         heads(q.size(1)),
         kv_heads(k.size(1)),
         group(kv_heads ? heads / kv_heads : 0),
-        queries(q.size(2)),
-        keys(k.size(2)),
         dim(q.size(3)),
         value_dim(v.size(3)),
-        query_blocks(ceil_div(queries, kQueryBlock)),
-        key_block(std::clamp(round_up(keys, kPanel), kPanel, kKeyBlock)),
-        key_blocks(ceil_div(keys, key_block)),
+        key_block(key_block_of(k.size(2))),
+        packed_rows(q.size(2)),
+        dropout_cols(k.size(2)),
         query(view<T>(q)),
         key(view<T>(k)),
         value(view<T>(v)),
@@ -148,13 +155,24 @@ struct Problem {
         sinks_tensor(per_head(o.sinks, q, c10::CppTypeToScalarType<A>::value)),
         slopes(slopes_tensor.defined() ? slopes_tensor.const_data_ptr<A>() : nullptr),
         sinks(sinks_tensor.defined() ? sinks_tensor.const_data_ptr<A>() : nullptr),
-        band{keys, o.bottom_right ? keys - queries : 0, o.window_left, o.window_right},
+        band{0, 0, o.window_left, o.window_right},
+        bottom_right(o.bottom_right),
         scale(static_cast<A>(o.scale)),
         softcap(static_cast<A>(o.softcap)),
         plain(!softcap && !slopes && !mask.adds() && scale > 0),
         dropout(o.dropout_p > 0),
         rate(dropout_rate(o.dropout_p)) {
     if (dropout) philox = philox_state(*o.seed);
+    set_lengths(q.size(2), k.size(2));
+  }
+
+  void set_lengths(int64_t new_queries, int64_t new_keys) {
+    queries = new_queries;
+    keys = new_keys;
+    query_blocks = ceil_div(queries, kQueryBlock);
+    key_blocks = ceil_div(keys, key_block);
+    band.keys = keys;
+    band.shift = bottom_right ? keys - queries : 0;
   }
 
   // What a finished score is still to be multiplied by.
@@ -166,16 +184,20 @@ struct Problem {
   int64_t last_block(int64_t i) const {
     return ceil_div(band.end(i * kQueryBlock + rows_of(i) - 1), key_block);
   }
-  int64_t row_index(int64_t b, int64_t h, int64_t q) const { return (b * heads + h) * queries + q; }
+  int64_t row_index(int64_t b, int64_t h, int64_t q) const {
+    return (b * heads + h) * packed_rows + first_row + q;
+  }
 };
 
 // Tasks in an order in which any contiguous share of them is about the same work when the work
 // grows (or falls) along the blocks, as it does under a causal mask: 0, n-1, 1, n-2, ...
 inline int64_t balanced(int64_t t, int64_t n) { return t % 2 ? n - 1 - t / 2 : t / 2; }
 
-// Tasks of `work` multiplications each that make a thread worth waking.
+// Multiplications that make a thread worth waking, and the tasks of `work` of them that do.
+inline constexpr int64_t kWake = 1000000;
+
 inline int64_t grain(double work) {
-  return std::max<int64_t>(1, static_cast<int64_t>(1e6 / std::max(work, 1.0)));
+  return std::max<int64_t>(1, static_cast<int64_t>(kWake / std::max(work, 1.0)));
 }
 
 // Whether giving each thread whole heads keeps the threads as busy as splitting the heads would,

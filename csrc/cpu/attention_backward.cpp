@@ -14,9 +14,12 @@
 #include "attention_backward.h"
 
 #include <ATen/ExpandUtils.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "registry.h"
+#include "varlen_attention.h"
 
 namespace fastnn {
 inline namespace CPU_CAPABILITY {
@@ -26,19 +29,23 @@ namespace {
 // Gradients asked for; null where not.
 template <typename T>
 struct Gradients {
-  T *query, *key, *value;
+  View<T> query, key, value;
 };
 
+// Rows of a gradient, whose columns lie side by side.
 template <typename T, typename A>
-void scale_row(T* out, const A* in, A scale, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(in[i] * scale);
+void write_rows(const View<T>& out, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t cols,
+                const A* in, A scale) {
+  for (int64_t r = 0; r < rows; ++r, in += cols) {
+    T* row = out.at(b, h, first + r);
+    for (int64_t i = 0; i < cols; ++i) row[i] = static_cast<T>(in[i] * scale);
+  }
 }
 
 template <typename T>
 void write_dq(const Problem<T>& p, const Gradients<T>& grads, int64_t b, int64_t h, int64_t i,
               const accumulate_t<T>* dq) {
-  const int64_t row = p.row_index(b, h, i * kQueryBlock);
-  scale_row(grads.query + row * p.dim, dq, p.scale, p.rows_of(i) * p.dim);
+  write_rows(grads.query, b, h, p.first_row + i * kQueryBlock, p.rows_of(i), p.dim, dq, p.scale);
 }
 
 // dK and dV of key block j of a kv head, added up over the group's query blocks.
@@ -54,23 +61,23 @@ class KeyGradients {
         dvt_(p.value_dim * p.key_block),
         turned_(std::max(p.dim, p.value_dim) * p.key_block) {}
 
-  A* dkt() const { return grads_.key ? dkt_.get() : nullptr; }
-  A* dvt() const { return grads_.value ? dvt_.get() : nullptr; }
+  A* dkt() const { return grads_.key.data ? dkt_.get() : nullptr; }
+  A* dvt() const { return grads_.value.data ? dvt_.get() : nullptr; }
   void clear() const {
     std::fill_n(dkt_.get(), p_.dim * p_.key_block, A(0));
     std::fill_n(dvt_.get(), p_.value_dim * p_.key_block, A(0));
   }
   void write(int64_t b, int64_t kv, int64_t j) const {
-    const int64_t row = (b * p_.kv_heads + kv) * p_.keys + j * p_.key_block;
     const A kept = p_.dropout ? static_cast<A>(p_.rate.scale) : A(1);
-    if (grads_.key) write(dkt_.get(), p_.dim, j, p_.scale, grads_.key + row * p_.dim);
-    if (grads_.value) write(dvt_.get(), p_.value_dim, j, kept, grads_.value + row * p_.value_dim);
+    if (grads_.key.data) write(dkt_.get(), p_.dim, b, kv, j, p_.scale, grads_.key);
+    if (grads_.value.data) write(dvt_.get(), p_.value_dim, b, kv, j, kept, grads_.value);
   }
 
  private:
-  void write(const A* sum, int64_t n, int64_t j, A scale, T* out) const {
+  void write(const A* sum, int64_t n, int64_t b, int64_t kv, int64_t j, A scale,
+             const View<T>& out) const {
     transpose(sum, p_.key_block, turned_.get(), n, n, p_.cols_of(j));
-    scale_row(out, turned_.get(), scale, n * p_.cols_of(j));
+    write_rows(out, b, kv, p_.first_key + j * p_.key_block, p_.cols_of(j), n, turned_.get(), scale);
   }
 
   const Problem<T>& p_;
@@ -83,41 +90,65 @@ bool meet(const Problem<T>& p, int64_t i, int64_t j) {
   return j >= p.first_block(i) && j < p.last_block(i);
 }
 
-// One task per kv head: each tile is computed once.
+// All gradients of one kv head and its query heads: each tile is computed once.
+template <typename T, typename C>
+class HeadBackward {
+ public:
+  using A = accumulate_t<T>;
+
+  HeadBackward(const Inputs<T>& in, const Gradients<T>& grads)
+      : in_(in),
+        p_(in.p),
+        grads_(grads),
+        keys_(p_, 1),
+        queries_(in_, p_.group * p_.query_blocks),
+        key_grads_(p_, grads),
+        tile_(in_, keys_, queries_),
+        dq_block_(kQueryBlock * p_.dim),
+        dq_(grads.query.data ? p_.group * p_.query_blocks * dq_block_ : 0) {}
+
+  void run(int64_t b, int64_t kv) {
+    const int64_t count = p_.group * p_.query_blocks, first_head = kv * p_.group;
+    for (int64_t n = 0; n < count; ++n) {
+      queries_.load(b, first_head + n / p_.query_blocks, n % p_.query_blocks, n);
+    }
+    if (dq_) std::fill_n(dq_.get(), count * dq_block_, A(0));
+    for (int64_t j = 0; j < p_.key_blocks; ++j) {
+      keys_.pack(b, kv, j, 0);
+      key_grads_.clear();
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t h = first_head + n / p_.query_blocks, i = n % p_.query_blocks;
+        if (!meet(p_, i, j)) continue;
+        if (!tile_.run(b, h, i, j, 0, n, false)) continue;
+        tile_.add_dkv(key_grads_.dkt(), key_grads_.dvt());
+        tile_.add_dq(dq_ ? dq_.get() + n * dq_block_ : nullptr);
+      }
+      key_grads_.write(b, kv, j);
+    }
+    for (int64_t n = 0; dq_ && n < count; ++n) {
+      write_dq(p_, grads_, b, first_head + n / p_.query_blocks, n % p_.query_blocks,
+               dq_.get() + n * dq_block_);
+    }
+  }
+
+ private:
+  const Inputs<T> in_;
+  const Problem<T>& p_;
+  const Gradients<T>& grads_;
+  const KeySide<T, C> keys_;
+  const QuerySide<T, C> queries_;
+  const KeyGradients<T, C> key_grads_;
+  BackwardTile<T, C> tile_;
+  const int64_t dq_block_;
+  const Buffer<A> dq_;
+};
+
 template <typename T, typename C>
 void backward_by_head(const Inputs<T>& in, const Gradients<T>& grads, double work) {
-  using A = accumulate_t<T>;
   const auto& p = in.p;
   at::parallel_for(0, p.batch * p.kv_heads, grain(work), [&](int64_t begin, int64_t end) {
-    const int64_t count = p.group * p.query_blocks, dq_block = kQueryBlock * p.dim;
-    const KeySide<T, C> keys(p, 1);
-    const QuerySide<T, C> queries(in, count);
-    const KeyGradients<T, C> key_grads(p, grads);
-    BackwardTile<T, C> task(in, keys, queries);
-    const Buffer<A> dq(grads.query ? count * dq_block : 0);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t b = t / p.kv_heads, kv = t % p.kv_heads, first_head = kv * p.group;
-      for (int64_t n = 0; n < count; ++n) {
-        queries.load(b, first_head + n / p.query_blocks, n % p.query_blocks, n);
-      }
-      if (grads.query) std::fill_n(dq.get(), count * dq_block, A(0));
-      for (int64_t j = 0; j < p.key_blocks; ++j) {
-        keys.pack(b, kv, j, 0);
-        key_grads.clear();
-        for (int64_t n = 0; n < count; ++n) {
-          const int64_t h = first_head + n / p.query_blocks, i = n % p.query_blocks;
-          if (!meet(p, i, j)) continue;
-          if (!task.run(b, h, i, j, 0, n, false)) continue;
-          task.add_dkv(key_grads.dkt(), key_grads.dvt());
-          task.add_dq(grads.query ? dq.get() + n * dq_block : nullptr);
-        }
-        key_grads.write(b, kv, j);
-      }
-      for (int64_t n = 0; grads.query && n < count; ++n) {
-        write_dq(p, grads, b, first_head + n / p.query_blocks, n % p.query_blocks,
-                 dq.get() + n * dq_block);
-      }
-    }
+    HeadBackward<T, C> task(in, grads);
+    for (int64_t t = begin; t < end; ++t) task.run(t / p.kv_heads, t % p.kv_heads);
     release_tiles();
   });
 }
@@ -150,7 +181,7 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
   const auto query_slot = [&](int64_t b, int64_t h, int64_t i) {
     return (b * p.heads + h) * p.query_blocks + i;
   };
-  if (grads.key || grads.value) {
+  if (grads.key.data || grads.value.data) {
     at::parallel_for(0, all_keys, grain(work / p.key_blocks), [&](int64_t begin, int64_t end) {
       const KeyGradients<T, C> key_grads(p, grads);
       BackwardTile<T, C> task(in, keys, queries);
@@ -169,7 +200,7 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
       release_tiles();
     });
   }
-  if (grads.query || in.row_dot) {
+  if (grads.query.data || in.row_dot) {
     const double each = work / p.group / p.query_blocks;
     at::parallel_for(0, all_queries, grain(each), [&](int64_t begin, int64_t end) {
       BackwardTile<T, C> task(in, keys, queries);
@@ -180,9 +211,9 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
         std::fill_n(dq.get(), kQueryBlock * p.dim, A(0));
         for (int64_t j = p.first_block(i); j < p.last_block(i); ++j) {
           if (!task.run(b, h, i, j, key_slot(b, h, j), query_slot(b, h, i), false)) continue;
-          task.add_dq(grads.query ? dq.get() : nullptr);
+          task.add_dq(grads.query.data ? dq.get() : nullptr);
         }
-        if (grads.query) write_dq(p, grads, b, h, i, dq.get());
+        if (grads.query.data) write_dq(p, grads, b, h, i, dq.get());
       }
       release_tiles();
     });
@@ -219,6 +250,21 @@ void backward_by_block(const Inputs<T>& in, const Gradients<T>& grads, accumulat
       }
     }
     release_tiles();
+  });
+}
+
+template <typename T>
+void backward(const Inputs<T>& in, const Gradients<T>& grads, accumulate_t<T>* grad_mask) {
+  const auto& p = in.p;
+  const double work =
+      2.5 * p.queries * p.keys * (p.dim + p.value_dim) * std::max<int64_t>(p.group, 1);
+  visit_tile_type<T>([&](auto tag) {
+    using C = decltype(tag);
+    if (grad_mask || !whole_heads(p.batch * p.kv_heads, 1.4)) {
+      backward_by_block<T, C>(in, grads, grad_mask, work);
+    } else {
+      backward_by_head<T, C>(in, grads, work);
+    }
   });
 }
 
@@ -274,6 +320,68 @@ void sink_gradients(const Problem<T>& p, const accumulate_t<T>* row_lse,
   }
 }
 
+// The numbers of each row that the tiles take, and what the sinks' gradient takes from them.
+template <typename T>
+struct Rows {
+  using A = accumulate_t<T>;
+
+  at::Tensor lse, grad_lse, row_lse, delta, row_dot;
+
+  Rows(const Problem<T>& p, const at::Tensor& grad_out, const at::Tensor& out,
+       const at::Tensor& lse_given, const std::optional<at::Tensor>& grad_lse_given, bool sinks)
+      : lse(wide(lse_given)),
+        grad_lse(grad_lse_given.has_value() ? wide(*grad_lse_given) : at::Tensor()),
+        row_lse(at::empty_like(lse)),
+        delta(at::empty_like(lse)),
+        row_dot(sinks ? at::zeros_like(lse) : at::Tensor()) {
+    prepare_rows<T>(p, view<T>(grad_out), view<T>(out), lse, grad_lse,
+                    row_lse.mutable_data_ptr<A>(), delta.mutable_data_ptr<A>());
+  }
+
+  Inputs<T> inputs(const Problem<T>& p, const at::Tensor& grad_out) const {
+    return {p,
+            view<T>(grad_out),
+            row_lse.const_data_ptr<A>(),
+            delta.const_data_ptr<A>(),
+            grad_lse.defined() ? grad_lse.const_data_ptr<A>() : nullptr,
+            row_dot.defined() ? row_dot.mutable_data_ptr<A>() : nullptr};
+  }
+
+  at::Tensor grad_sinks(const Problem<T>& p, const at::Tensor& sinks) const {
+    const at::Tensor parts = at::empty({p.batch, p.heads}, lse.options());
+    sink_gradients<T>(p, row_lse.const_data_ptr<A>(), row_dot.const_data_ptr<A>(), grad_lse,
+                      parts.mutable_data_ptr<A>());
+    return at::sum_to(parts, sinks.sizes()).to(sinks.scalar_type()).contiguous();
+  }
+
+ private:
+  static at::Tensor wide(const at::Tensor& rows) {
+    return rows.to(c10::CppTypeToScalarType<A>::value).contiguous();
+  }
+};
+
+template <typename T>
+View<T> gradient_view(const at::Tensor& grad, bool wanted) {
+  return wanted ? View<T>(grad.mutable_data_ptr<T>(), grad) : View<T>();
+}
+
+void check_rows(const char* op, const at::Tensor& grad_out, const at::Tensor& out,
+                const at::Tensor& lse, const std::optional<at::Tensor>& grad_lse,
+                const at::Tensor& query, at::IntArrayRef out_shape, at::IntArrayRef lse_shape) {
+  for (const auto& [tensor, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
+    check_shape(*tensor, out_shape, op, name);
+    check_dtype(*tensor, query.scalar_type(), op, name);
+  }
+  check_shape(lse, lse_shape, op, "lse");
+  if (grad_lse.has_value()) check_shape(*grad_lse, lse_shape, op, "grad_lse");
+}
+
+at::Tensor empty_gradient(bool wanted, bool zero, const at::Tensor& like) {
+  if (!wanted) return at::empty({0}, like.options());
+  return zero ? at::zeros(like.sizes(), like.options())
+              : empty_tensor(like.sizes(), like.options());
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
     const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& query,
     const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& attn_mask,
@@ -286,78 +394,88 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
                         scale,     softcap,      bottom_right, window_left, window_right};
   check_attention(op, query, key, value, options);
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
-  for (const auto& [tensor, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
-    check_shape(*tensor, {batch, heads, queries, value.size(3)}, op, name);
-    check_dtype(*tensor, query.scalar_type(), op, name);
-  }
-  check_shape(lse, {batch, heads, queries}, op, "lse");
-  if (grad_lse.has_value()) check_shape(*grad_lse, lse.sizes(), op, "grad_lse");
+  check_rows(op, grad_out, out, lse, grad_lse, query, {batch, heads, queries, value.size(3)},
+             {batch, heads, queries});
   FASTNN_CHECK(!output_mask[3] || attn_mask.has_value(), op, "output_mask[3]",
                "false without attn_mask", true);
   FASTNN_CHECK(!output_mask[4] || sinks.has_value(), op, "output_mask[4]", "false without sinks",
                true);
-  const auto wide =
-      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const bool empty = batch * heads * queries * key.size(2) == 0;
-  const auto gradient = [&](bool wanted, const at::Tensor& like) {
-    if (!wanted) return at::empty({0}, like.options());
-    return empty ? at::zeros(like.sizes(), like.options())
-                 : empty_tensor(like.sizes(), like.options());
-  };
-  at::Tensor grad_query = gradient(output_mask[0], query);
-  at::Tensor grad_key = gradient(output_mask[1], key);
-  at::Tensor grad_value = gradient(output_mask[2], value);
+  at::Tensor grad_query = empty_gradient(output_mask[0], empty, query);
+  at::Tensor grad_key = empty_gradient(output_mask[1], empty, key);
+  at::Tensor grad_value = empty_gradient(output_mask[2], empty, value);
   at::Tensor grad_mask =
       at::empty({0}, attn_mask.has_value() ? attn_mask->options() : query.options());
   at::Tensor grad_sinks = at::empty({0}, sinks.has_value() ? sinks->options() : query.options());
-  const at::Tensor row_lse = at::empty({batch, heads, queries}, wide);
-  const at::Tensor delta = at::empty({batch, heads, queries}, wide);
-  const at::Tensor row_dot =
-      output_mask[4] ? at::zeros({batch, heads, queries}, wide) : at::Tensor();
   visit_float(query.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = accumulate_t<T>;
     const Problem<T> p(query, key, value, options);
-    const at::Tensor lse_rows = lse.to(wide).contiguous();
-    const at::Tensor grad_lse_rows =
-        grad_lse.has_value() ? grad_lse->to(wide).contiguous() : at::Tensor();
-    const Inputs<T> in{p,
-                       view<T>(grad_out),
-                       row_lse.const_data_ptr<A>(),
-                       delta.const_data_ptr<A>(),
-                       grad_lse_rows.defined() ? grad_lse_rows.const_data_ptr<A>() : nullptr,
-                       output_mask[4] ? row_dot.mutable_data_ptr<A>() : nullptr};
-    prepare_rows<T>(p, in.grad_out, view<T>(out), lse_rows, grad_lse_rows,
-                    row_lse.mutable_data_ptr<A>(), delta.mutable_data_ptr<A>());
-    if (output_mask[3]) {
-      grad_mask = at::zeros(attn_mask->sizes(), wide);
+    const Rows<T> rows(p, grad_out, out, lse, grad_lse, output_mask[4]);
+    const Gradients<T> grads{gradient_view<T>(grad_query, output_mask[0]),
+                             gradient_view<T>(grad_key, output_mask[1]),
+                             gradient_view<T>(grad_value, output_mask[2])};
+    if (output_mask[3]) grad_mask = at::zeros(attn_mask->sizes(), rows.lse.options());
+    const bool wanted = output_mask[0] || output_mask[1] || output_mask[2];
+    if (!empty && (wanted || output_mask[3] || output_mask[4])) {
+      backward<T>(rows.inputs(p, grad_out), grads,
+                  output_mask[3] ? grad_mask.mutable_data_ptr<A>() : nullptr);
     }
-    const bool inputs = output_mask[0] || output_mask[1] || output_mask[2];
-    if (!empty && (inputs || output_mask[3] || output_mask[4])) {
-      const Gradients<T> grads{output_mask[0] ? grad_query.mutable_data_ptr<T>() : nullptr,
-                               output_mask[1] ? grad_key.mutable_data_ptr<T>() : nullptr,
-                               output_mask[2] ? grad_value.mutable_data_ptr<T>() : nullptr};
-      const double work =
-          2.5 * queries * p.keys * (p.dim + p.value_dim) * std::max<int64_t>(p.group, 1);
-      visit_tile_type<T>([&](auto tile_tag) {
-        using C = decltype(tile_tag);
-        if (output_mask[3] || !whole_heads(batch * p.kv_heads, 1.4)) {
-          backward_by_block<T, C>(in, grads,
-                                  output_mask[3] ? grad_mask.mutable_data_ptr<A>() : nullptr, work);
-        } else {
-          backward_by_head<T, C>(in, grads, work);
-        }
-      });
-    }
-    if (output_mask[4]) {
-      const at::Tensor parts = at::empty({batch, heads}, wide);
-      sink_gradients<T>(p, in.row_lse, row_dot.const_data_ptr<A>(), grad_lse_rows,
-                        parts.mutable_data_ptr<A>());
-      grad_sinks = at::sum_to(parts, sinks->sizes()).to(sinks->scalar_type()).contiguous();
-    }
+    if (output_mask[4]) grad_sinks = rows.grad_sinks(p, *sinks);
   });
   if (output_mask[3]) grad_mask = grad_mask.to(attn_mask->scalar_type());
   return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward_cpu(
+    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
+    const at::Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& sinks,
+    const std::optional<at::Tensor>& seed, const at::Tensor& out, const at::Tensor& lse,
+    double dropout_p, double scale, double softcap, bool bottom_right, int64_t window_left,
+    int64_t window_right, std::array<bool, 4> output_mask) {
+  constexpr const char* op = "varlen_attention_backward";
+  const std::optional<at::Tensor> mask;
+  const Options options{mask,  alibi_slopes, sinks,        seed,        dropout_p,
+                        scale, softcap,      bottom_right, window_left, window_right};
+  const Sequences sequences(op, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                            max_seqlen_k, options);
+  check_rows(op, grad_out, out, lse, grad_lse, query, {query.size(0), query.size(1), value.size(2)},
+             {query.size(1), query.size(0)});
+  FASTNN_CHECK(!output_mask[3] || sinks.has_value(), op, "output_mask[3]", "false without sinks",
+               true);
+  const bool empty = query.size(1) == 0 || query.size(0) + key.size(0) == 0;
+  at::Tensor grad_query = empty_gradient(output_mask[0], empty, query);
+  at::Tensor grad_key = empty_gradient(output_mask[1], empty, key);
+  at::Tensor grad_value = empty_gradient(output_mask[2], empty, value);
+  at::Tensor grad_sinks = at::empty({0}, sinks.has_value() ? sinks->options() : query.options());
+  visit_float(query.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const Problem<T> all = sequences.all<T>(query, key, value, options);
+    const at::Tensor go = by_head(grad_out);
+    const Rows<T> rows(all, go, by_head(out), lse.unsqueeze(0),
+                       grad_lse.has_value() ? std::optional(grad_lse->unsqueeze(0)) : std::nullopt,
+                       output_mask[3]);
+    const auto gradient = [](const at::Tensor& grad, bool wanted) {
+      return gradient_view<T>(wanted ? by_head(grad) : grad, wanted);
+    };
+    const Gradients<T> grads{gradient(grad_query, output_mask[0]),
+                             gradient(grad_key, output_mask[1]),
+                             gradient(grad_value, output_mask[2])};
+    const Inputs<T> in = rows.inputs(all, go);
+    const bool wanted = output_mask[0] || output_mask[1] || output_mask[2];
+    if (!empty && (wanted || output_mask[3])) {
+      visit_tile_type<T>([&](auto tile_tag) {
+        using C = decltype(tile_tag);
+        sequences.run(
+            all, [&](const Problem<T>& p) { backward<T>(in.of(p), grads, nullptr); },
+            [&](const Problem<T>& p) { return HeadBackward<T, C>(in.of(p), grads); });
+      });
+    }
+    if (output_mask[3]) grad_sinks = rows.grad_sinks(all, *sinks);
+  });
+  return {grad_query, grad_key, grad_value, grad_sinks};
 }
 
 }  // namespace
@@ -365,4 +483,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
 }  // namespace CPU_CAPABILITY
 }  // namespace fastnn
 
-FASTNN_CPU_KERNELS(m) { m.impl("attention_backward", &fastnn::attention::attention_backward_cpu); }
+FASTNN_CPU_KERNELS(m) {
+  m.impl("attention_backward", &fastnn::attention::attention_backward_cpu);
+  m.impl("varlen_attention_backward", &fastnn::attention::varlen_attention_backward_cpu);
+}

@@ -19,6 +19,11 @@ struct Inputs {
   const A* delta;
   const A* grad_lse;  // or null
   A* row_dot;         // or null: gets rowsum(P keep dP), what delta is before O is rounded
+
+  // The same of a part of the problem.
+  Inputs of(const Problem<T>& part) const {
+    return {part, grad_out, row_lse, delta, grad_lse, row_dot};
+  }
 };
 
 // The GEMM operands of key blocks: K^T and V^T for the scores and dP, K for dQ.
@@ -40,7 +45,7 @@ struct KeySide {
         k_finite(count) {}
 
   void pack(int64_t b, int64_t kv, int64_t j, int64_t slot) const {
-    const int64_t k0 = j * p.key_block, cols = p.cols_of(j);
+    const int64_t k0 = p.first_key + j * p.key_block, cols = p.cols_of(j);
     const T* key = p.key.at(b, kv, k0);
     pack_b<T, C>(key, p.key.col, p.key.row, p.dim, cols, kt.get() + slot * size_kt);
     pack_b<T, C>(p.value.at(b, kv, k0), p.value.col, p.value.row, p.value_dim, cols,
@@ -73,13 +78,12 @@ struct QuerySide {
 
   void load(int64_t b, int64_t h, int64_t i, int64_t slot) const {
     const auto& p = in.p;
-    const int64_t rows = p.rows_of(i);
+    const int64_t rows = p.rows_of(i), row = p.first_row + i * kQueryBlock;
     C* q_rows = q.get() + slot * block * depth;
     C* go_rows = go.get() + slot * block * value_depth;
-    load_rows<T, C>(p.query.at(b, h, i * kQueryBlock), p.query.row, p.query.col, rows, p.dim,
-                    q_rows, depth);
-    load_rows<T, C>(in.grad_out.at(b, h, i * kQueryBlock), in.grad_out.row, in.grad_out.col, rows,
-                    p.value_dim, go_rows, value_depth);
+    load_rows<T, C>(p.query.at(b, h, row), p.query.row, p.query.col, rows, p.dim, q_rows, depth);
+    load_rows<T, C>(in.grad_out.at(b, h, row), in.grad_out.row, in.grad_out.col, rows, p.value_dim,
+                    go_rows, value_depth);
     turn(q_rows, depth, rows, p.dim, qt.get() + slot * block * p.dim);
     turn(go_rows, value_depth, rows, p.value_dim, got.get() + slot * block * p.value_dim);
     q_finite.get()[slot] = all_finite(q_rows, rows * depth);
@@ -113,7 +117,7 @@ class BackwardTile {
         queries_(queries),
         scores_(p_),
         ld_(p_.key_block),
-        parts_(kInPlace || std::max(p_.queries, p_.keys) < kSplitFrom ? 1 : 2),
+        parts_(parts_of(p_)),
         p_tile_(ld_),
         ds_tile_(ld_),
         p_packed_{TileBuffer<C>(kInPlace ? 0 : ld_), TileBuffer<C>(parts_ < 2 ? 0 : ld_)},
@@ -128,6 +132,7 @@ class BackwardTile {
            bool at_mask) {
     if (!scores_.move_to(b, h, i, j)) return false;
     const Tile& t = scores_.tile();
+    parts_ = parts_of(p_);
     key_slot_ = key_slot;
     query_slot_ = query_slot;
     tile_products<C>(t, p_.dim, queries_.q.get() + query_slot * queries_.block * queries_.depth,
@@ -170,8 +175,8 @@ class BackwardTile {
       const int64_t key = panel * kPanel;
       accumulate_visible(rows.size(), p_.dim, std::min(kPanel, t.cols - key),
                          ds_tile_.get() + tile_offset(panel, rows.begin), kPanel, 1,
-                         p_.key.at(t.b, t.h / p_.group, t.k0 + key), p_.key.row, p_.key.col,
-                         dq + rows.begin * p_.dim, p_.dim, 1);
+                         p_.key.at(t.b, t.h / p_.group, p_.first_key + t.k0 + key), p_.key.row,
+                         p_.key.col, dq + rows.begin * p_.dim, p_.dim, 1);
     }
   }
 
@@ -208,6 +213,10 @@ class BackwardTile {
   static constexpr bool kInPlace = std::is_same_v<A, C>;
   static constexpr int64_t kRows = kInPlace ? 1 : 2;
   static constexpr int64_t kLane = Vec::size();
+
+  static int parts_of(const Problem<T>& p) {
+    return kInPlace || std::max(p.queries, p.keys) < kSplitFrom ? 1 : 2;
+  }
 
   // Rows [r, r + kRows) from products to P and dS; a row past the last is all 0.
   void finish_rows(int64_t r, const Range& seen) {
@@ -353,7 +362,8 @@ class BackwardTile {
         }
       } else {
         accumulate_visible(std::min(kPanel, t.cols - col), n, rows.size(), x + at, 1, kPanel,
-                           b.at(t.b, t.h, t.q0 + rows.begin), b.row, b.col, sum + col, 1, ld_);
+                           b.at(t.b, t.h, p_.first_row + t.q0 + rows.begin), b.row, b.col,
+                           sum + col, 1, ld_);
       }
     }
   }

@@ -114,11 +114,10 @@ struct Keys {
   // Packs key block j of (b, h) as block j of the slot-th head held.
   void pack(int64_t b, int64_t h, int64_t j, int64_t slot) const {
     const int64_t at = slot * p.key_blocks + j, cols = p.cols_of(j);
-    pack_b<T, C>(p.key.at(b, h, j * p.key_block), p.key.col, p.key.row, p.dim, cols,
-                 k.get() + at * size_k);
+    const int64_t key = p.first_key + j * p.key_block;
+    pack_b<T, C>(p.key.at(b, h, key), p.key.col, p.key.row, p.dim, cols, k.get() + at * size_k);
     C* packed = v.get() + at * size_v;
-    pack_lines<T, C>(p.value.at(b, h, j * p.key_block), p.value.row, p.value.col, cols, p.value_dim,
-                     packed);
+    pack_lines<T, C>(p.value.at(b, h, key), p.value.row, p.value.col, cols, p.value_dim, packed);
     v_finite.get()[at] = all_finite(packed, packed_size<C>(cols, p.value_dim));
   }
 };

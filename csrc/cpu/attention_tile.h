@@ -253,7 +253,7 @@ inline constexpr int64_t kKeepWords = kPanels + kDrawn / kPanel;
 template <typename T>
 inline void draw_keep(const Problem<T>& p, const Tile& t, int64_t r, const Range& seen,
                       uint64_t* keep) {
-  dropout_bits(p.philox, p.rate, p.row_index(t.b, t.h, t.q0 + r), p.keys,
+  dropout_bits(p.philox, p.rate, p.row_index(t.b, t.h, t.q0 + r), p.dropout_cols,
                t.k0 + seen.begin * kPanel, seen.size() * kPanel,
                reinterpret_cast<uint16_t*>(keep + seen.begin));
 }
