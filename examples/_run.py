@@ -356,9 +356,9 @@ def describe(result: dict) -> Iterator[str]:
             parts.append(f"{run['peak_bytes'] / 2**20:.1f} MB at a step's peak")
         yield f"{kind:8} {', '.join(parts)}"
     if result["speed_ratio"] is not None:
-        yield f"swapped is {result['speed_ratio']:.2f} times faster"
+        yield f"step time, stock over swapped: {result['speed_ratio']:.2f}"
         if result["memory_ratio"] is not None:
-            yield f"swapped needs {result['memory_ratio']:.2f} times less memory"
+            yield f"peak memory, stock over swapped: {result['memory_ratio']:.2f}"
         gap, error = result["curve_gap"], result["step_error"]
         yield f"loss curves {gap:.1e} apart, the first step without dropout {error:.1e} (relative)"
     for line in result["failures"]:

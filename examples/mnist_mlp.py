@@ -15,7 +15,7 @@ class Mnist(ImageClassification):
     title = "MNIST, 784-128-10 ReLU"
     sizes = (784, 128, 10)
     learning_rate = 1e-3
-    epochs, quick_epochs = 12, 10
+    epochs, quick_epochs = 12, 20
     goals = {"accuracy": 0.978}
     quick_goals = {"accuracy": 0.92}
 
