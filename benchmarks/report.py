@@ -1,4 +1,5 @@
-"""`python -m benchmarks.report`: one self-contained HTML page from a results file.
+"""`python -m benchmarks.report`: a self-contained HTML page from a results file, and one of the
+examples that were run.
 
 Plots are inline SVG whose text takes the page's colour, so that they read in light and dark.
 """
@@ -191,30 +192,17 @@ def _families(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _digits(folder: Path | None) -> dict | None:
-    if folder is None or not (folder / "digits.json").exists():
-        return None
-    result = json.loads((folder / "digits.json").read_text())
-    runs = [
-        {
-            "kind": kind,
-            "accuracy": accuracy,
-            "seconds": result["seconds"][kind],
-            "final_loss": result["losses"][kind][-1],
-        }
-        for kind, accuracy in result["accuracy"].items()
-    ]
-    return {
-        "runs": runs,
-        "epochs": len(result["losses"][runs[0]["kind"]]),
-        "gap": result["max_relative_gap"],
-        "grid": _png(folder / "digits_grid.png"),
-        "curves": _png(folder / "digits_curves.png"),
-    }
+def _models(folder: Path | None) -> list[dict]:
+    """What the examples wrote into a folder, their pictures as data."""
+    found = []
+    for path in sorted(folder.glob("*.json")) if folder is not None else ():
+        result = json.loads(path.read_text())
+        result["pictures"] = [_png(folder / name) for name in result["pictures"]]
+        found.append(result)
+    return found
 
 
-def render(results: dict, digits: Path | None = None) -> str:
-    served = [row for row in results["rows"] if row["ours"]]
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -222,39 +210,57 @@ def render(results: dict, digits: Path | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(ms=milliseconds, mb=megabytes, rate=rate)
+    environment.filters.update(ms=milliseconds, mb=megabytes, rate=rate, number=number)
+    return environment
+
+
+def number(value: float | None, form: str) -> str:
+    return "–" if value is None else form % value
+
+
+def render(results: dict, models: list[dict] | tuple = ()) -> str:
+    served = [row for row in results["rows"] if row["ours"]]
     with matplotlib.rc_context(STYLE):
         plots = {
             "ratios": plot_ratios(served) if served else None,
             "roofline": plot_roofline(served, results["roofs"]) if served else None,
             "memory": plot_memory(served) if served else None,
         }
-    return environment.get_template("report.html.j2").render(
-        results=results,
-        machine=results["machine"],
-        roofs=results["roofs"],
-        rows=results["rows"],
-        served=served,
-        families=_families(served),
-        losing=[row for row in served if row["loses"]],
-        plots=plots,
-        digits=_digits(digits),
-        titles=TITLES,
-        ours_names=common.OURS,
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            results=results,
+            machine=results["machine"],
+            roofs=results["roofs"],
+            rows=results["rows"],
+            served=served,
+            families=_families(served),
+            losing=[row for row in served if row["loses"]],
+            plots=plots,
+            models=models,
+            titles=TITLES,
+            ours_names=common.OURS,
+        )
     )
 
 
-def write(results: dict, out: Path, digits: Path | None = None) -> Path:
+def write(results: dict, out: Path, models: Path | None = None) -> Path:
+    """Writes index.html and, of the examples in a folder, models.html."""
     out.mkdir(parents=True, exist_ok=True)
+    trained = _models(models)
     page = out / "index.html"
-    page.write_text(render(results, digits), encoding="utf-8")
+    page.write_text(render(results, trained), encoding="utf-8")
+    if trained:
+        text = _environment().get_template("models.html.j2").render(models=trained)
+        (out / "models.html").write_text(text, encoding="utf-8")
     return page
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, help="default: the newest of benchmarks/results")
-    parser.add_argument("--digits", type=Path, help="folder that examples.digits_mlp wrote")
+    parser.add_argument("--models", type=Path, help="folder that the examples wrote")
     parser.add_argument("--out", type=Path, default=Path("report"))
     args = parser.parse_args(arguments)
     source = args.results
@@ -265,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         source = files[-1]
     elif not source.exists():
         parser.error(f"--results {source} does not exist")
-    page = write(json.loads(source.read_text()), args.out, args.digits)
+    page = write(json.loads(source.read_text()), args.out, args.models)
     print(f"report: {page.resolve().as_uri()}")
     return 0
 

@@ -210,31 +210,45 @@ def _losing(results):
     return changed
 
 
-def test_report_is_one_page_with_its_sections(results, tmp_path):
+def test_report_has_its_pages_and_sections(results, tmp_path):
     pixel = base64.b64decode(
         "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
         "gg=="
     )
-    digits = tmp_path / "digits"
-    digits.mkdir()
-    for name in ("digits_grid.png", "digits_curves.png"):
-        (digits / name).write_bytes(pixel)
-    both = {"stock": 0.975, "swapped": 0.98}
-    losses = {kind: [2.0, 0.5] for kind in both}
-    content = {"accuracy": both, "seconds": both, "losses": losses, "max_relative_gap": 3e-7}
-    (digits / "digits.json").write_text(json.dumps(content))
+    models = tmp_path / "models"
+    models.mkdir()
+    pictures = ["tiny_curves.png", "tiny_grid.png"]
+    for name in pictures:
+        (models / name).write_bytes(pixel)
+    run = {
+        "losses": [2.0, 0.5], "curve": [2.0, 0.5], "metrics": {"accuracy": [0.5, 0.98]},
+        "step_seconds": 0.01, "total_seconds": 2.0,
+    }  # fmt: skip
+    swapped = run | {"peak_bytes": 2**20}
+    content = {
+        "name": "tiny", "title": "A <tiny> model", "quick": True, "dtype": "fp32", "epochs": 2,
+        "machine": machine.describe(CPU), "runs": {"stock": run, "swapped": swapped},
+        "speed_ratio": 1.75, "memory_ratio": None, "curve_gap": 3e-7, "step_error": 2e-6,
+        "swapped": "0  Linear  LinearAct", "pictures": pictures, "failures": ["it <diverged>"],
+    }  # fmt: skip
+    (models / "tiny.json").write_text(json.dumps(content))
     source = tmp_path / "results.json"
     source.write_text(json.dumps(_losing(results)))
-    arguments = ["--results", source, "--digits", digits, "--out", tmp_path / "report"]
+    arguments = ["--results", source, "--models", models, "--out", tmp_path / "report"]
     assert report.main([str(argument) for argument in arguments]) == 0
     page = (tmp_path / "report" / "index.html").read_text()
-    for section in ("what", "summary", "ratios", "table", "roofline", "errors", "digits"):
+    for section in ("what", "summary", "ratios", "table", "roofline", "errors", "models"):
         assert f'<h2 id="{section}">' in page
-    assert page.count("data:image/png;base64,") == 2 and page.count("<svg") >= 2
-    assert 'src="http' not in page and "<link" not in page and "<script" not in page
+    assert page.count("<svg") >= 2 and '<a href="models.html">1 example</a>' in page
     assert 'class="loses' in page and "the &lt;reason&gt; for it" in page
     assert "native: no kernel for it" in page
-    assert "98.00 %" in page and "3.0e-07" in page
+    trained = (tmp_path / "report" / "models.html").read_text()
+    assert trained.count("data:image/png;base64,") == 2 and '<h2 id="tiny">' in trained
+    assert "A &lt;tiny&gt; model" in trained and "it &lt;diverged&gt;" in trained
+    for figure in ("1.75", "3.0e-07", "2.0e-06", "0.98", "10.00", "LinearAct", "–"):
+        assert f"{figure}<" in trained, figure
+    for text in (page, trained):
+        assert 'src="http' not in text and "<link" not in text and "<script" not in text
 
 
 def test_report_without_results_of_fastnn(results):
@@ -242,7 +256,7 @@ def test_report_without_results_of_fastnn(results):
     for row in unserved["rows"]:
         row.update(ours=None, loses=False)
     page = report.render(unserved)
-    assert "fastnn served none of these cases" in page and '<h2 id="digits">' not in page
+    assert "fastnn served none of these cases" in page and '<h2 id="models">' not in page
 
 
 def test_pytest_runs_the_same_cases(tmp_path):
