@@ -132,10 +132,12 @@ class Split(NamedTuple):
     test_x: Tensor
     test_y: Tensor
 
-    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training data in an order that the seed tells."""
+    def batches(self, size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training data in another order each epoch, that of the seed's n-th permutation."""
         random = torch.Generator().manual_seed(seed)
-        for chosen in torch.randperm(len(self.train_x), generator=random).split(size):
+        for _ in range(epoch + 1):
+            order = torch.randperm(len(self.train_x), generator=random)
+        for chosen in order.split(size):
             yield self.train_x[chosen], self.train_y[chosen]
 
 

@@ -43,7 +43,7 @@ class ImageClassification(Example):
         return Classifier(nn.Sequential(*layers[:-1]))
 
     def batches(self, data: Split, epoch: int):
-        return data.batches(self.batch, SEED + epoch)
+        return data.batches(self.batch, SEED, epoch)
 
     def optimizer(self, model):
         return torch.optim.Adam(model.parameters(), self.learning_rate)

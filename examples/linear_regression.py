@@ -59,7 +59,7 @@ class LinearRegression(Example):
         return "layer  Linear  LinearAct  by this example: torch's own GEMM is all it needs"
 
     def batches(self, data: Split, epoch: int):
-        return data.batches(self.batch, SEED + epoch)
+        return data.batches(self.batch, SEED, epoch)
 
     def optimizer(self, model):
         return torch.optim.SGD(model.parameters(), lr=0.1)
