@@ -80,6 +80,11 @@ def _attentions():
     yield common.attention("padding", 8, 12, 1024, 64, "bf16", BOTH, padding=True)
     yield common.attention("dropout 0.1", 8, 12, 1024, 64, "bf16", BOTH, dropout_p=0.1)
     yield common.attention("full", 2, 8, 2048, 64, "fp32", BOTH)
+    # What torch does not have; with a head as wide as Gemma 2's.
+    for backward in (FWD, BOTH):
+        yield common.attention(
+            "causal softcap 50", 2, 16, 4096, 256, "bf16", backward, is_causal=True, softcap=50.0
+        )
 
 
 CASES = (*_losses(), *_linears(), *_attentions())
@@ -188,6 +193,43 @@ def _sdpa(name: str) -> Callable:
     return build
 
 
+def _check_options(case: Case, *served: str) -> None:
+    others = case.options.keys() - set(served)
+    if others:
+        raise NotImplementedError(f"has no {', '.join(sorted(others))}")
+
+
+def _flex(case: Case) -> Callable:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    _check_options(case, "is_causal", "softcap", "enable_gqa")
+    torch._dynamo.reset()
+    flex = torch.compile(flex_attention, dynamic=False)
+    cap, block_mask = case.options.get("softcap"), None
+    if case.options.get("is_causal"):
+        block_mask = create_block_mask(
+            lambda b, h, i, j: i >= j, None, None, case.sizes["S"], case.sizes["T"], device="cuda"
+        )
+    score_mod = cap and (lambda score, b, h, i, j: cap * torch.tanh(score / cap))
+    gqa = case.options.get("enable_gqa", False)
+    return lambda q, k, v: flex(q, k, v, score_mod, block_mask, enable_gqa=gqa)
+
+
+def _flash_attn(case: Case) -> Callable:
+    from flash_attn import flash_attn_func
+
+    _check_options(case, "is_causal", "softcap", "enable_gqa", "dropout_p")
+
+    def call(*tensors):
+        out = flash_attn_func(
+            *(t.transpose(1, 2) for t in tensors), causal=case.options.get("is_causal", False),
+            dropout_p=case.options.get("dropout_p", 0.0), softcap=case.options.get("softcap", 0.0),
+        )  # fmt: skip
+        return out.transpose(1, 2)
+
+    return call
+
+
 _LOSSES = ("cross_entropy", "linear_cross_entropy")
 _GEMMS = ("linear_act", "linear_cross_entropy")
 PROVIDERS = (
@@ -200,6 +242,9 @@ PROVIDERS = (
     Peer("cudnn", "SDPA cuDNN", _sdpa("CUDNN_ATTENTION"), families=("attention",)),
     Peer("efficient", "SDPA memory-efficient", _sdpa("EFFICIENT_ATTENTION"),
          families=("attention",)),
+    Peer("flash_attn", "FlashAttention", _flash_attn, families=("attention",),
+         package="flash_attn"),
+    Peer("flex", "FlexAttention", _flex, families=("attention",), compiled=True),
     Peer("autotune", "torch.compile max-autotune", _max_autotune, compiled=True,
          families=(*_LOSSES, "linear_act")),
 )  # fmt: skip

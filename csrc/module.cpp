@@ -12,6 +12,10 @@
 
 #include "activation.h"
 #include "cpu/registry.h"
+#ifdef FASTNN_CUDA
+#include "cuda/attention.h"
+#include "cuda/linear_act_paths.h"
+#endif
 
 namespace fastnn {
 
@@ -67,6 +71,11 @@ PYBIND11_MODULE(_C, m) {
 #endif
 #ifdef FASTNN_CUDA
         info["cuda"] = FASTNN_STRINGIFY(FASTNN_CUDA);
+        pybind11::dict paths;
+        paths["attention"] = fastnn::kAttentionPaths;
+        paths["linear_act"] = fastnn::describe(fastnn::kPaths);
+        paths["linear_cross_entropy"] = fastnn::describe(fastnn::kCountedPaths);
+        info["cuda_paths"] = paths;
 #else
         info["cuda"] = pybind11::none();
 #endif

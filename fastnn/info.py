@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import textwrap
 
 import torch
 
@@ -112,6 +113,8 @@ def _availability() -> list[dict]:
 
 def collect() -> dict:
     """Everything that `python -m fastnn.info` prints, as one JSON-compatible dictionary."""
+    build = _build()
+    paths = build.pop("cuda_paths", {})
     return {
         "versions": {
             "fastnn": fastnn.__version__,
@@ -121,12 +124,13 @@ def collect() -> dict:
             "platform": platform.platform(),
         },
         "devices": _devices(),
-        "build": _build(),
+        "build": build,
         "settings": {
             "backend": backend.current_backend(),
             **{name: os.environ[name] for name in sorted(os.environ) if name[:7] == "FASTNN_"},
         },
         "availability": _availability(),
+        "cuda_paths": paths,
         "auto_leaves_to_torch": {
             "cross_entropy on the CPU": SMALL_LOSSES,
             "attention on the CPU": SMALL_ATTENTION,
@@ -170,6 +174,10 @@ def render(info: dict) -> str:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  " + "  ".join([*cells, row[4]]).rstrip())
     lines += [f"  [{number}] {note}" for number, note in enumerate(notes, 1)]
+    if info["cuda_paths"]:
+        lines += ["", "which of the CUDA kernels makes it"]
+    for family, rule in info["cuda_paths"].items():
+        lines += [f"  {family}", textwrap.indent(textwrap.fill(rule, 96), " " * 4)]
     lines += ["", "what auto leaves to torch", *_pairs(info["auto_leaves_to_torch"])]
     return "\n".join(lines)
 

@@ -300,7 +300,9 @@ def test_what_the_kernel_serves(kernels):
     for pointer in ("slopes", "sinks", "seed"):
         assert not serves(**{pointer: 64})
     assert not serves(mask=Mask(data=64))
-    assert not serves(dim=60) and not serves(value_dim=60) and not serves(queries=63)
+    for dim in (60, 0):
+        assert not serves(dim=dim) and not serves(value_dim=dim)
+    assert not serves(queries=63)
     assert not serves(query=Operand(8, 8192, 4096, 64))  # misaligned
     assert not serves(query=Operand(16, 8192, 4096, 60)) and not serves(keys=0)
     assert not serves(key=Operand(16, 8192, 4096, 0))  # expanded

@@ -1,11 +1,14 @@
+import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import host_library
 
 from fastnn import _ops, backend, functional, info, use_backend
 
@@ -71,6 +74,24 @@ def test_says_what_was_built():
         assert build["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     else:
         assert build["reason"]
+
+
+def test_says_which_cuda_kernel_serves_a_call(monkeypatch, tmp_path):
+    library = host_library(tmp_path, "paths")
+    rules = {}
+    for family in ("attention", "linear_act", "linear_cross_entropy"):
+        rule = getattr(library, family)
+        rule.restype = ctypes.c_char_p
+        rules[family] = rule().decode()
+    for family in ("linear_act", "linear_cross_entropy"):
+        assert re.fullmatch(r"sm90: compute capability 9, .*; cublas", rules[family])
+    build = {"extension": True, "cuda": "13.0"}
+    monkeypatch.setattr(info, "_build", lambda: {**build, "cuda_paths": rules})
+    collected = info.collect()
+    assert collected["build"] == build and collected["cuda_paths"] == rules
+    text = info.render(collected)
+    assert all(rule in " ".join(text.split()) for rule in rules.values())
+    assert max(map(len, text.splitlines())) <= 140
 
 
 def test_shows_the_backend_in_use():

@@ -94,6 +94,13 @@ cudaError_t attention_mask_gradient_cuda(const AttentionBackward& problem, cudaS
 // attention_sm90.cu, attention_backward_sm90.cu: Hopper's copy engine and warp-group products; what
 // they serve, and whether the running device's code has them.
 bool attention_sm90_built();
+// In words, for fastnn.info.
+constexpr char kAttentionPaths[] =
+    "Hopper (compute capability 9.0): bfloat16 and float16; head dimensions in steps of 8, to 256 "
+    "in"
+    " the forward and to 128 in the backward; rows of whole 16 bytes; from 64 queries, in the"
+    " backward also 64 keys, and the gradients of key and value together; a positive scale, causal,"
+    " a window; no mask, softcap, ALiBi, sinks or dropout. Portable: everything else";
 bool attention_forward_sm90_serves(const AttentionForward& problem);
 cudaError_t attention_forward_sm90_cuda(const AttentionForward& problem, int multiprocessors,
                                         cudaStream_t stream);

@@ -31,7 +31,8 @@ using std::optional;
 // What visit_width of attention_tile.cuh serves.
 constexpr int64_t kMaxHeadDim = 256, kMaxLength = int64_t{1} << 29;
 
-// Whether Hopper's kernels serve a problem: what they leave goes to the portable ones.
+// Whether Hopper's kernels serve a problem, as kAttentionPaths says: what they leave goes to the
+// portable ones.
 bool on_hopper(const Device& device, bool served) {
   return served && device.capability == 90 && attention_sm90_built();
 }

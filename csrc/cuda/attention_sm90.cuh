@@ -142,7 +142,8 @@ inline bool serves(const AttentionProblem& p, int64_t most_dim) {
   const bool plain = p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr &&
                      p.slopes == nullptr && p.sinks == nullptr && p.seed == nullptr;
   const int64_t longer = std::max(p.queries, p.keys);
-  const bool sizes = p.queries > 0 && p.keys > 0 && p.batch > 0 && p.heads > 0 && longer < kMost &&
+  const bool sizes = p.queries > 0 && p.keys > 0 && p.batch > 0 && p.heads > 0 && p.dim > 0 &&
+                     p.value_dim > 0 && longer < kMost &&
                      p.batch * p.heads * (longer / kRows + 1) < kMost;
   if (!half || !plain || !sizes || p.dim > most_dim || p.value_dim > most_dim) return false;
   const Seen seen(make_band(p));

@@ -1,6 +1,8 @@
 // Which kernel makes a product: the tables, by shape and device.
 #pragma once
 
+#include <string>
+
 #include "cuda/linear_act.h"
 
 namespace fastnn {
@@ -51,6 +53,27 @@ GemmPath choose_row(const PathRow (&table)[kRows], const GemmProblem& p, int cap
     if (fits && path_serves(row.path, p, capability)) return row.path;
   }
   return GemmPath::kCublas;
+}
+
+// A table in words, for fastnn.info: the first that fits.
+template <int kRows>
+std::string describe(const PathRow (&table)[kRows]) {
+  const auto shape = [](int64_t m, int64_t n, int64_t k) {
+    return std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k);
+  };
+  std::string text;
+  for (const PathRow& row : table) {
+    const std::string name = row.path == GemmPath::kSm90       ? "sm90"
+                             : row.path == GemmPath::kPortable ? "portable"
+                                                               : "cublas";
+    std::string when;
+    if (row.capability != 0) when += ", compute capability " + std::to_string(row.capability / 10);
+    if (row.half_only) when += ", bfloat16 and float16";
+    if (row.least_m > 1) when += ", from " + shape(row.least_m, row.least_n, row.least_k);
+    if (row.most_m < kAny) when += ", up to " + shape(row.most_m, row.most_n, row.most_k);
+    text += (text.empty() ? "" : "; ") + name + (when.empty() ? "" : ": " + when.substr(2));
+  }
+  return text;
 }
 
 inline GemmPath choose_path(const GemmProblem& p, int capability) {
