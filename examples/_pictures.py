@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -99,4 +100,20 @@ def draw_attention(
     axis.set_yticks(range(len(queries)), queries, fontsize=7)
     axis.set(title=title, xlabel="attended to", ylabel="from")
     figure.colorbar(shown, shrink=0.6)
+    figure.savefig(path, dpi=90)
+
+
+def draw_text(path: Path, title: str, text: str, columns: int = 100) -> None:
+    """A text as a picture, its long lines broken."""
+    from matplotlib.figure import Figure
+
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, columns) or [""]]
+    figure = Figure(figsize=(columns * 0.09, 0.8 + 0.17 * len(lines)))
+    # No mathematics: a dollar sign is one.
+    figure.text(
+        0.02, 1 - 0.55 / figure.get_figheight(), "\n".join(lines), family="monospace", fontsize=10,
+        va="top", parse_math=False,
+    )  # fmt: skip
+    figure.suptitle(title, y=1 - 0.1 / figure.get_figheight(), va="top")
     figure.savefig(path, dpi=90)

@@ -44,6 +44,7 @@ class Example(abc.ABC):
     # Least value of a metric after the last epoch; without --quick and with it.
     goals: dict[str, float] = {}
     quick_goals: dict[str, float] = {}
+    falling: tuple[str, ...] = ()  # metrics that end below where they were after the first epoch
     # The largest relative distance of the two loss curves. With dropout, whose masks differ between
     # stock and swapped layers, the curves agree only on average.
     curve_tolerance = 2e-5
@@ -95,6 +96,12 @@ class Example(abc.ABC):
                 reached = run["metrics"][metric][-1]
                 if not reached >= least:
                     found.append(f"{kind}: {metric} {reached:.4g} is below {least:.4g}")
+            for metric in self.falling:
+                first, *others = run["metrics"][metric]
+                if others and not others[-1] < first:
+                    found.append(
+                        f"{kind}: {metric} did not fall: {first:.4g}, then {others[-1]:.4g}"
+                    )
         for what, allowed in (
             ("curve_gap", self.curve_tolerance),
             ("step_error", self.step_tolerance[result["dtype"]]),
