@@ -96,8 +96,9 @@ class BertFinetuning(Example):
     epochs, quick_epochs = 4, 3
     batch = 16
     falling = ("test_loss",)
-    # Of dropout's masks: two runs with stock layers and other seeds are as far apart.
-    curve_tolerance = 0.15
+    # Of dropout's masks: three quick runs with stock layers and other seeds are up to 7e-3 apart in
+    # the first two epochs; stock and swapped 6e-3, and 3.8e-2 in the third, whose loss falls fast.
+    curve_tolerance = 0.1
 
     def load(self, quick):
         texts = emails(400 if quick else None)

@@ -348,7 +348,7 @@ def step(model, inputs):
     return {"loss": loss.detach(), "logits": logits.detach(), **gradients}
 
 
-@pytest.mark.slow
+@pytest.mark.download
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("build", [pretrained_bert, pretrained_llama])
 def test_pretrained_is_as_good_as_stock(build, dtype, monkeypatch):
@@ -374,7 +374,7 @@ def test_pretrained_is_as_good_as_stock(build, dtype, monkeypatch):
             assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-@pytest.mark.slow
+@pytest.mark.download
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_pretrained_generates_the_same(use_cache):
     """A batch padded at the left."""
