@@ -20,7 +20,12 @@ class Mnist(ImageClassification):
     quick_goals = {"accuracy": 0.92}
 
     def load(self, quick):
-        return mnist_5k() if quick else mnist()
+        if quick:
+            return mnist_5k()
+        # Roundings switch units of ReLU, and 11,000 steps of Adam amplify that: stock layers in
+        # fp32 and in fp64 end 9e-4 apart, stock and swapped ones 2e-3 (9e-3 in another order).
+        self.curve_tolerance = 2e-2
+        return mnist()
 
     def rate(self, done):
         return 1.0 - done

@@ -281,7 +281,7 @@ def scaled_dot_product_attention(
     """
     if (
         attn_mask is window is softcap is alibi_slopes is sinks is None
-        and not (dropout_p or is_causal or return_lse)
+        and not (dropout_p or is_causal or return_lse or enable_gqa)
         and causal_alignment == "top_left"
         and _left_to_torch(query, key)
     ):

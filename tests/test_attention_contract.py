@@ -192,6 +192,7 @@ def test_auto_leaves_small_plain_calls_to_torch(monkeypatch):
     for more in (
         {"attn_mask": torch.ones(9, 7, dtype=torch.bool)}, {"dropout_p": 0.5}, {"is_causal": True},
         {"window": 2}, {"softcap": 1.0}, {"sinks": torch.ones(2)}, {"return_lse": True},
+        {"enable_gqa": True},
     ):  # fmt: skip
         attention(q, k, k, **more)
         assert served.pop(), more
