@@ -16,6 +16,7 @@ import fastnn
 from fastnn import _ops, backend
 from fastnn.attention import LEFT_TO_TORCH as SMALL_ATTENTION
 from fastnn.cross_entropy import LEFT_TO_TORCH as SMALL_LOSSES
+from fastnn.linear_act import LEFT_TO_TORCH as SMALL_LINEARS
 from fastnn.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -132,6 +133,7 @@ def collect() -> dict:
         "availability": _availability(),
         "cuda_paths": paths,
         "auto_leaves_to_torch": {
+            "linear_act on the CPU": SMALL_LINEARS,
             "cross_entropy on the CPU": SMALL_LOSSES,
             "attention on the CPU": SMALL_ATTENTION,
         },

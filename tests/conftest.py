@@ -20,9 +20,11 @@ EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, to
 
 
 @pytest.fixture(autouse=True)
-def small_attention_stays_here(monkeypatch):
+def small_calls_stay_here(monkeypatch):
     """Shapes so small that `auto` would leave them to torch test fastnn's kernels all the same."""
     monkeypatch.setattr("fastnn.attention._TORCH_UP_TO", 0)
+    # The package's name for the module is the function's.
+    monkeypatch.setattr(sys.modules["fastnn.linear_act"], "_TORCH_UP_TO", 0)
 
 
 def pytest_collection_modifyitems(items):

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_close_to_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastnn import _ops, reference
+from fastnn import _ops, backend, reference
 from fastnn.functional import dropout, linear_act
 from fastnn.linear_act import MLP, Dropout, GatedMLP, LinearAct, dropout_seed
 from fastnn.reference import ACTIVATIONS
@@ -427,3 +428,23 @@ print(fastnn._C.cpu_capability())
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "AVX2"
+
+
+def test_auto_leaves_small_cheap_calls_to_torch(monkeypatch):
+    monkeypatch.setattr(sys.modules["fastnn.linear_act"], "_TORCH_UP_TO", 5 * 4 * 3)
+    served = []
+    monkeypatch.setattr(backend, "resolve", lambda *args, **features: served.append(args))
+    x, w, b = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3)
+    assert torch.equal(linear_act(x, w, b, "relu"), F.relu(F.linear(x, w, b)))
+    assert torch.equal(linear_act(x, w), F.linear(x, w))
+    assert torch.equal(linear_act(x, w, b, dropout_p=0.5, training=False), F.linear(x, w, b))
+    assert not served
+    for more in (
+        {"activation": "gelu"}, {"dropout_p": 0.5}, {"residual": torch.randn(5, 3)},
+        {"input": torch.randn(6, 4)}, {"input": x.bfloat16(), "weight": w.bfloat16()},
+    ):  # fmt: skip
+        linear_act(**{"input": x, "weight": w} | more)
+        assert served.pop(), more
+    for wrong in ({"bias": torch.randn(4)}, {"weight": torch.randn(3, 5)}, {"dropout_p": 2.0}):
+        with pytest.raises((RuntimeError, ValueError), match=f"linear_act: {list(wrong)[0]}|input"):
+            linear_act(**{"input": x, "weight": w} | wrong)
