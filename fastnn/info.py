@@ -176,11 +176,13 @@ def render(info: dict) -> str:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  " + "  ".join([*cells, row[4]]).rstrip())
     lines += [f"  [{number}] {note}" for number, note in enumerate(notes, 1)]
-    if info["cuda_paths"]:
-        lines += ["", "which of the CUDA kernels makes it"]
-    for family, rule in info["cuda_paths"].items():
-        lines += [f"  {family}", textwrap.indent(textwrap.fill(rule, 96), " " * 4)]
-    lines += ["", "what auto leaves to torch", *_pairs(info["auto_leaves_to_torch"])]
+    for title, rules in (
+        ("which of the CUDA kernels makes it", info["cuda_paths"]),
+        ("what auto leaves to torch", info["auto_leaves_to_torch"]),
+    ):
+        lines += ["", title] if rules else []
+        for name, rule in rules.items():
+            lines += [f"  {name}", textwrap.indent(textwrap.fill(rule, 96), " " * 4)]
     return "\n".join(lines)
 
 
