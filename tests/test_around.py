@@ -266,6 +266,7 @@ def _train(rank, kind, folder):
     values = [p if kind == "ddp" else p.full_tensor() for p in model.parameters()]
     if rank == 0:
         torch.save([value.detach() for value in values], f"{folder}/parameters")
+    dist.barrier()  # one that leaves early is a lost connection to the other
     dist.destroy_process_group()
 
 
