@@ -170,9 +170,9 @@ def cross_entropy(
         and not return_lse
         and isinstance(input, Tensor)
         and input.is_cpu
-        and (logits := input.numel()) <= _TORCH_UP_TO
-        and input.dim() > 1
-        and logits <= _TORCH_ROWS * input.size(1)
+        and len(shape := input.shape) > 1
+        and (logits := shape.numel()) <= _TORCH_UP_TO
+        and logits <= _TORCH_ROWS * shape[1]
         and backend._choice == "auto"
         and (code := _TORCH_REDUCTION.get(reduction)) is not None
     ):

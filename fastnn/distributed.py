@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from fastnn import _autograd, _check, backend
 from fastnn._ops import accumulate_dtype
 from fastnn._ring import Ring, RingAttention
-from fastnn.attention import _as_batches, _check_arguments, _refused_by_kernels
+from fastnn.attention import _as_batches, _check_arguments, refused_by_kernels
 from fastnn.linear_cross_entropy import evaluate, prepare
 
 LAYOUTS = ("zigzag", "contiguous")
@@ -465,7 +465,7 @@ def context_parallel_attention(
     _check.tensor(name, query=query, key=key, value=value)
     _check.choice(name, "layout", layout, LAYOUTS)
     query, key, value = _autograd.autocast(query, key, value)
-    refused = _refused_by_kernels(query, None)
+    refused = refused_by_kernels(query, None)
     if refused:
         _check.fail(NotImplementedError, name, *refused)
     _check_arguments(
