@@ -285,7 +285,7 @@ def scaled_dot_product_attention(
         and causal_alignment == "top_left"
         and _left_to_torch(query, key)
     ):
-        return reference.torch_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+        return reference.torch_attention(query, key, value, scale=scale)
     _check.tensor(
         _NAME, query=query, key=key, value=value, attn_mask_or_none=attn_mask,
         alibi_slopes_or_none=alibi_slopes, sinks_or_none=sinks,
