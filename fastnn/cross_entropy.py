@@ -13,10 +13,12 @@ _BYTE_LABELS = torch.uint8
 # in Python, and that difference (about 35 us a step) is more than the kernels can win back.
 _TORCH_UP_TO = 32768
 _TORCH_ROWS = 256
+_TORCH_ANY_ROWS = 2560  # logits; fewer are not worth a look at their shape
 _TORCH_REDUCTION = {name: code for code, name in enumerate(REDUCTIONS)}
 _torch_loss = torch._C._nn.cross_entropy_loss
 LEFT_TO_TORCH = (
-    f"plain losses of at most {_TORCH_ROWS} rows and {_TORCH_UP_TO} logits: torch's call costs less"
+    f"plain losses of at most {_TORCH_ANY_ROWS} logits, or {_TORCH_ROWS} rows and {_TORCH_UP_TO}"
+    " logits: torch's call costs less"
 )
 
 
@@ -156,23 +158,25 @@ def cross_entropy(
         IndexError: a label out of range, on the CPU (NaN on CUDA).
         TypeError: an argument that is no tensor.
     Backends:
-        native (CPU, CUDA), triton, reference. Under `auto`, plain losses of up to 256 rows and
-        32768 logits on the CPU are torch's own, whose call costs less.
+        native (CPU, CUDA), triton, reference. Under `auto`, plain losses of up to 2560 logits, or
+        of up to 256 rows and 32768 logits, on the CPU are torch's own, whose call costs less.
     Reference:
         Milakov & Gimelshein 2018 (arXiv:1805.02867); Chowdhery et al. 2022 (arXiv:2204.02311) for
         z_loss.
     """
-    # First, and in few words: a microsecond here is 2 % of the call that is left to torch, whose
-    # Python function would cost another.
+    # First, and in few words: a microsecond here is 2 % of the call that is left to torch, and to
+    # make the shape costs half of that.
     if (
         softcap is None
         and not z_loss
         and not return_lse
         and isinstance(input, Tensor)
         and input.is_cpu
-        and len(shape := input.shape) > 1
-        and (logits := shape.numel()) <= _TORCH_UP_TO
-        and logits <= _TORCH_ROWS * shape[1]
+        and (logits := input.numel()) <= _TORCH_UP_TO
+        and (
+            logits <= _TORCH_ANY_ROWS
+            or (input.dim() > 1 and logits <= _TORCH_ROWS * input.shape[1])
+        )
         and backend._choice == "auto"
         and (code := _TORCH_REDUCTION.get(reduction)) is not None
     ):
