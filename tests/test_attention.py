@@ -307,6 +307,22 @@ def test_nan_reaches_only_the_rows_that_see_it():
     assert out[:, :, 5].isnan().all() and torch.isfinite(out[:, :, 6:]).all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("size", (40, 300))
+def test_a_row_of_nan_reaches_only_the_keys_that_it_sees(size, dtype):
+    """Gradients of the keys and values that it does not see are as without it."""
+    torch.manual_seed(17)
+    row = size // 2 + 3
+    qkv, grad_out = operands((1, 2, 2, size, size, 16, 16), dtype)
+    clean = results(attention, leaves_of(qkv), {"is_causal": True}, grad_out)
+    qkv[0][:, :, row] = math.nan
+    dirty = results(attention, leaves_of(qkv), {"is_causal": True}, grad_out)
+    for name in ("key", "value"):
+        assert dirty[name][:, :, : row + 1].isnan().all(), name
+        after = dirty[name][:, :, row + 1 :], clean[name][:, :, row + 1 :]
+        torch.testing.assert_close(*after, rtol=1e-2, atol=1e-2)
+
+
 def test_rows_that_see_nothing():
     torch.manual_seed(17)
     for sq in (3, 130):

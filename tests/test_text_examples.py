@@ -1,11 +1,13 @@
 import copy
 import io
 import itertools
+import math
 import os
 import sys
 import tarfile
 import types
 import zipfile
+from collections import Counter
 
 import pytest
 import torch
@@ -308,6 +310,9 @@ TEXTS = [
     " pushes a piston, and a crank makes a turning of it.",
     "Free money!",
     "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer.",
+    "The tower stands 324 metres tall, about as tall as a building of 81 storeys.",
+    "Dear Sir, we have not received your payment of 250.00 for the invoice of March.",
+    "def area(radius): return 3.14159 * radius ** 2",
 ]
 
 
@@ -320,7 +325,7 @@ def pretrained_bert():
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    return model, {**inputs, "labels": torch.tensor([0, 0, 1, 0])}
+    return model, {**inputs, "labels": torch.tensor([0, 0, 1, 0, 0, 1, 0])}
 
 
 def pretrained_llama():
@@ -353,35 +358,40 @@ def step(model, inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("build", [pretrained_bert, pretrained_llama])
 def test_pretrained_is_as_good_as_stock(build, dtype, monkeypatch):
-    """Each error against float64, a root mean square over six batches, is at most twice stock's.
-    Without dropout training and evaluation are the same to the stock model."""
+    """Each error against float64, a root mean square over 21 batches, is at most twice stock's.
+    Without dropout training and evaluation are the same to the stock model.
+
+    So many, for in bfloat16 the gradients of some norms have one channel that decides their error:
+    of a single batch it is 0.4 to 3.7 times stock's even with stock's other ("eager") attention.
+    """
     model, inputs = available(build)
     model.to(dtype).eval()
-    pairs = itertools.combinations(range(len(TEXTS)), 2)
-    batches = [{name: values[list(pair)] for name, values in inputs.items()} for pair in pairs]
-    with monkeypatch.context() as patch:
-        # Norms widen to it.
-        patch.setattr(torch, "float32", torch.float64)
-        wide = copy.deepcopy(model).double()
-        oracle = [step(wide, batch) for batch in batches]
-    stock = [step(model, batch) for batch in batches]
-    assert fastnn.swap_(model).swapped
-
-    def rms(name, results, others=None):
-        differences = (
-            found[name] - (0 if others is None else other[name])
-            for found, other in zip(results, others or results, strict=True)
-        )
-        return torch.stack([d.square().mean() for d in differences]).mean().sqrt().item()
-
-    for training in (False, True):
-        ours = [step(model.train(training), batch) for batch in batches]
-        assert list(ours[0]) == list(stock[0]) == list(oracle[0])
-        for name in oracle[0]:
-            error = rms(name, ours, oracle)
+    wide = copy.deepcopy(model).double()
+    sizes, errors = Counter(), {}  # sums of mean squares
+    for pair in itertools.combinations(range(len(TEXTS)), 2):
+        batch = {name: values[list(pair)] for name, values in inputs.items()}
+        with monkeypatch.context() as patch:
+            # Norms widen to it.
+            patch.setattr(torch, "float32", torch.float64)
+            oracle = step(wide, batch)
+        results = {"stock": step(model, batch)}
+        assert fastnn.swap_(model).swapped
+        for kind in ("evaluation", "training"):
+            results[kind] = step(model.train(kind == "training"), batch)
+        fastnn.unswap_(model.eval())
+        for kind, found in results.items():
+            assert list(found) == list(oracle)
+            sums = errors.setdefault(kind, Counter())
+            for name in oracle:
+                sums[name] += (found[name] - oracle[name]).square().mean().item()
+        for name, values in oracle.items():
+            sizes[name] += values.square().mean().item()
+    stock = errors.pop("stock")
+    for kind, sums in errors.items():
+        for name, error in sums.items():
             # The model's epsilon for its float32 loss, too, which is one number a batch.
-            allowed = 2 * rms(name, stock, oracle) + EPSILON[dtype] * rms(name, oracle)
-            assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+            allowed = 2 * math.sqrt(stock[name]) + EPSILON[dtype] * math.sqrt(sizes[name])
+            assert math.sqrt(error) <= allowed, f"{kind}, {name}: {error**0.5:.3e}, {allowed:.3e}"
 
 
 @pytest.mark.download

@@ -238,8 +238,13 @@ class BackwardTile {
                          p_.softcap ? capped_.get() + tile_offset(0, r + i) : nullptr);
       if (dropout) draw_keep(p_, t, r + i, seen, keep[i]);
       const int64_t row = p_.row_index(t.b, t.h, t.q0 + r + i);
-      lse[i] = Vec(-in_.row_lse[row]);
+      A row_lse = in_.row_lse[row];
       delta[i] = Vec(whole_ || in_.row_dot ? own_delta(r + i, seen, keep[i]) : in_.delta[row]);
+      if (std::isnan(row_lse)) {
+        spread_nan(s, seen);
+        row_lse = 0;
+      }
+      lse[i] = Vec(-row_lse);
     }
     const Vec factor(p_.factor()), one(A(1));
     const Vec kept_scale(dropout ? static_cast<A>(p_.rate.scale) : A(1));
@@ -310,6 +315,18 @@ class BackwardTile {
                             _mm512_extracti64x4_epi64(ds, 1));
       }
 #endif
+    }
+  }
+
+  // A row whose lse is NaN has NaN for the probabilities of the keys it sees, and of no others.
+  static void spread_nan(A* s, const Range& seen) {
+    const Vec nan(std::numeric_limits<A>::quiet_NaN()), hidden(-kInfinity<A>);
+    for (int64_t panel = seen.begin; panel < seen.end; ++panel) {
+      for (int64_t c = 0; c < kPanel; c += kLane) {
+        A* at = s + tile_offset(panel, 0) + c;
+        const Vec x = Vec::loadu(at);
+        Vec::blendv(nan, x, x == hidden).store(at);
+      }
     }
   }
 
