@@ -117,7 +117,7 @@ class _Training:
     def __init__(self, example: Example, kind: str, data, dtype: str, backend: str):
         torch.manual_seed(SEED)
         self.example, self.dtype, self.backend = example, dtype, backend
-        self.model = example.model(data)
+        self.model = example.model(data).train()  # a pretrained part comes in eval mode
         if dtype == "bf16":
             self.model.to(torch.bfloat16)
         self.report = str(example.swap(self.model)) if kind == "swapped" else None
