@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Whether a torch.func transform is active: a backward may then run more than once.
+transforming = torch._C._are_functorch_transforms_active
+
 
 def apply(function: type[torch.autograd.Function], *args):
     """`function.apply(*args)`, without torch's binding of the arguments where nothing needs it.
@@ -11,7 +14,7 @@ def apply(function: type[torch.autograd.Function], *args):
     A Function with `setup_context` (what torch.func asks for) pays about 20 us in `apply` for
     inspecting its signature, more than a small layer's kernel; positional arguments need none.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforming():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 
@@ -68,8 +71,3 @@ def composite_gradients(function, tensors, grad_outputs):
             )
         )  # fmt: skip
     return tuple(next(gradients) if t is not None and t.requires_grad else None for t in tensors)
-
-
-def transforming() -> bool:
-    """Whether a torch.func transform is active: a backward may then run more than once."""
-    return torch._C._are_functorch_transforms_active()

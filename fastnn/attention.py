@@ -11,12 +11,14 @@ from fastnn import _autograd, _check, backend, reference
 from fastnn.linear_act import dropout_seed, keep_mask
 
 _NAME = "scaled_dot_product_attention"
+_ALIGNMENTS = ("top_left", "bottom_right")
 # On the CPU, `auto` leaves plain float32 calls of so few products B H Sq Sk D to torch: its graph
 # is made in C++, ours in Python. Measured as our time over torch's, forward + backward: 2^12 1.8,
 # 2^18 1.5, 2^20 1.15, 2^21 1.07, 2^23 0.95; bfloat16 0.4 from 2^16 on.
 _TORCH_UP_TO = 2**20
 LEFT_TO_TORCH = (
-    f"plain float32 calls of at most {_TORCH_UP_TO} products B H Sq Sk D: torch's call costs less"
+    f"float32 calls of at most {_TORCH_UP_TO} products B H Sq Sk D, with no option but a scale,"
+    " outside of torch.compile and torch.func: torch's call costs less"
 )
 
 
@@ -94,13 +96,13 @@ def _left_to_torch(query, key) -> bool:
         and not query.is_nested
         and key.dim() == 4
         and 0 < query.numel() * key.size(2) <= _TORCH_UP_TO
-        and backend._choice == "auto"
+        and backend.chosen == "auto"
         and not torch.compiler.is_compiling()  # the graph would be of these sizes only
         and not _autograd.transforming()  # torch's kernel has no batching rule
     )
 
 
-def _check_arguments(
+def check_arguments(
     function, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, causal_alignment,
     softcap,
 ):  # fmt: skip
@@ -128,8 +130,6 @@ def _check_arguments(
         if batch != other_batch and not _broadcasts(batch, other_batch):
             expected = f"of batch dimensions that broadcast with the query's {batch}"
             fail(RuntimeError, function, name, expected, other)
-    if not 0.0 <= dropout_p <= 1.0:
-        fail(RuntimeError, function, "dropout_p", "in [0, 1]", dropout_p)
     if attn_mask is not None:
         if is_causal:
             fail(RuntimeError, function, "attn_mask", "None when is_causal is set", "a mask")
@@ -139,9 +139,16 @@ def _check_arguments(
         if attn_mask.device != query.device:
             expected = f"on query's device {query.device}"
             fail(RuntimeError, function, "attn_mask", expected, attn_mask.device)
-    _check.choice(function, "causal_alignment", causal_alignment, ("top_left", "bottom_right"))
+    check_options(function, dropout_p, causal_alignment, softcap)
+
+
+def check_options(function, dropout_p, causal_alignment, softcap) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        _check.fail(RuntimeError, function, "dropout_p", "in [0, 1]", dropout_p)
+    if causal_alignment not in _ALIGNMENTS:
+        _check.choice(function, "causal_alignment", causal_alignment, _ALIGNMENTS)
     if softcap is not None and not softcap > 0:
-        fail(ValueError, function, "softcap", "None or above 0", softcap)
+        _check.fail(ValueError, function, "softcap", "None or above 0", softcap)
 
 
 def _broadcasts(a, b) -> bool:
@@ -176,7 +183,7 @@ def check_per_head(function: str, name: str, values: Tensor | None, device, *sha
         _check.fail(RuntimeError, function, name, f"on query's device {device}", values.device)
 
 
-def _as_batches(query, key, value, attn_mask, enable_gqa):
+def as_batches(query, key, value, attn_mask, enable_gqa):
     """Views of (B, H, S, D), a mask of four dimensions that broadcasts, and the leading shape."""
     lead = query.shape[:-2]
     if attn_mask is None and len(lead) == 2 and lead == key.shape[:-2] == value.shape[:-2]:
@@ -245,7 +252,8 @@ def scaled_dot_product_attention(
 
     where softcap(x) = softcap tanh(x / softcap), shift = Sk - Sq for the bottom-right alignment,
     else 0. A row that sees no key gives 0 (and a log-sum-exp of -inf); NaN and infinities in hidden
-    keys and values do not reach the rows that do not see them.
+    keys and values do not reach the rows that do not see them (the reference is as torch there; on
+    Triton a value may reach the rows of a tile that a window, or causality, hides from some).
 
     Args:
         query: (..., Hq, Sq, D), float32, bfloat16 or float16 (float64 on the CPU); 2 or more
@@ -274,8 +282,9 @@ def scaled_dot_product_attention(
         TypeError: an argument that is no tensor.
     Backends:
         native (CPU, and CUDA with head dimensions up to 256), triton, reference. Autocast as for
-        torch's function. Under `auto`, plain float32 calls of up to 2^20 products B Hq Sq Sk D on
-        the CPU are torch's own, whose call costs less (and which cannot be differentiated twice).
+        torch's function. Under `auto`, float32 calls of up to 2^20 products B Hq Sq Sk D on the CPU
+        with no option but `scale`, outside of torch.compile and torch.func, are torch's own, whose
+        call costs less (and which cannot be differentiated twice).
     Reference:
         Vaswani et al. 2017 (arXiv:1706.03762); Dao 2023 (arXiv:2307.08691).
     """
@@ -292,7 +301,7 @@ def scaled_dot_product_attention(
     )  # fmt: skip
     query, key, value, attn_mask = _autograd.autocast(query, key, value, attn_mask)
     if not query.is_nested:  # those have no shape to check; torch does it
-        _check_arguments(
+        check_arguments(
             _NAME, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa,
             causal_alignment, softcap,
         )  # fmt: skip
@@ -305,7 +314,7 @@ def scaled_dot_product_attention(
         _check.fail(NotImplementedError, _NAME, *refused)
     ops = None
     if not refused:
-        q, k, v, mask, lead = _as_batches(query, key, value, attn_mask, enable_gqa)
+        q, k, v, mask, lead = as_batches(query, key, value, attn_mask, enable_gqa)
         batch, heads = q.shape[:2]
         for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
             shapes = (heads,), (batch, heads), (1, heads)

@@ -33,13 +33,14 @@ def _default() -> str:
     return _checked(os.environ.get("FASTNN_BACKEND", "auto"), "FASTNN_BACKEND")
 
 
-# A plain global, which torch.compile guards on; it cannot trace a ContextVar.
-_choice = _default()
+# Read as it is where a call of current_backend() would cost too much. A plain global, which
+# torch.compile guards on; it cannot trace a ContextVar.
+chosen = _default()
 
 
 def current_backend() -> str:
     """The backend that calls use now: `auto`, `native`, `triton` or `reference`."""
-    return _choice
+    return chosen
 
 
 @contextlib.contextmanager
@@ -51,12 +52,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for any other name.
     """
-    global _choice
-    before, _choice = _choice, _checked(name, "backend")
+    global chosen
+    before, chosen = chosen, _checked(name, "backend")
     try:
         yield
     finally:
-        _choice = before
+        chosen = before
 
 
 # Looked up once: torch.compile cannot trace the dispatcher.
@@ -114,7 +115,7 @@ def refusal(backend: str, family: str, device_type: str, dtype: torch.dtype, **f
 
 def resolve(family: str, tensor: torch.Tensor, **features) -> SimpleNamespace | None:
     """The operator handles that serve a call of `family` on `tensor`; None is the reference."""
-    choice = _choice
+    choice = chosen
     if choice == "reference":
         return None
     device_type, dtype = tensor.device.type, tensor.dtype

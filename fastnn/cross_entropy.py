@@ -17,12 +17,12 @@ _TORCH_ANY_ROWS = 2560  # logits; fewer are not worth a look at their shape
 _TORCH_REDUCTION = {name: code for code, name in enumerate(REDUCTIONS)}
 _torch_loss = torch._C._nn.cross_entropy_loss
 LEFT_TO_TORCH = (
-    f"plain losses of at most {_TORCH_ANY_ROWS} logits, or {_TORCH_ROWS} rows and {_TORCH_UP_TO}"
-    " logits: torch's call costs less"
+    f"losses of at most {_TORCH_ANY_ROWS} logits, or {_TORCH_ROWS} rows and {_TORCH_UP_TO} logits,"
+    " without z_loss, softcap and return_lse: torch's call costs less"
 )
 
 
-def loss_dtype(input: Tensor) -> torch.dtype:
+def _loss_dtype(input: Tensor) -> torch.dtype:
     """torch's: the input's, but float32 under autocast."""
     return input.dtype if _autograd.autocast_dtype(input) is None else accumulate_dtype(input.dtype)
 
@@ -158,8 +158,9 @@ def cross_entropy(
         IndexError: a label out of range, on the CPU (NaN on CUDA).
         TypeError: an argument that is no tensor.
     Backends:
-        native (CPU, CUDA), triton, reference. Under `auto`, plain losses of up to 2560 logits, or
-        of up to 256 rows and 32768 logits, on the CPU are torch's own, whose call costs less.
+        native (CPU, CUDA), triton, reference. Under `auto`, losses of up to 2560 logits on the CPU,
+        or of up to 256 rows and 32768 logits of an input (N, C, ...), without z_loss, softcap and
+        return_lse, are torch's own, whose call costs less.
     Reference:
         Milakov & Gimelshein 2018 (arXiv:1805.02867); Chowdhery et al. 2022 (arXiv:2204.02311) for
         z_loss.
@@ -177,7 +178,7 @@ def cross_entropy(
             logits <= _TORCH_ANY_ROWS
             or (input.dim() > 1 and logits <= _TORCH_ROWS * input.shape[1])
         )
-        and backend._choice == "auto"
+        and backend.chosen == "auto"
         and (code := _TORCH_REDUCTION.get(reduction)) is not None
     ):
         return _torch_loss(input, target, weight, code, ignore_index, label_smoothing)
@@ -199,7 +200,7 @@ def cross_entropy(
     if soft and ignore_index >= 0:
         expected = "negative where target is probabilities"
         _check.fail(RuntimeError, name, "ignore_index", expected, ignore_index)
-    dtype = loss_dtype(input)
+    dtype = _loss_dtype(input)
     if weight is not None:
         if weight.dtype != input.dtype and not soft and dtype == input.dtype:
             _check.same_kind(name, "input", input, weight=weight)

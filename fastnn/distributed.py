@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from fastnn import _autograd, _check, backend
 from fastnn._ops import accumulate_dtype
 from fastnn._ring import Ring, RingAttention
-from fastnn.attention import _as_batches, _check_arguments, refused_by_kernels
+from fastnn.attention import as_batches, check_arguments, refused_by_kernels
 from fastnn.linear_cross_entropy import evaluate, prepare
 
 LAYOUTS = ("zigzag", "contiguous")
@@ -468,13 +468,13 @@ def context_parallel_attention(
     refused = refused_by_kernels(query, None)
     if refused:
         _check.fail(NotImplementedError, name, *refused)
-    _check_arguments(
+    check_arguments(
         name, query, key, value, None, dropout_p, is_causal, enable_gqa, "top_left", softcap
     )
     if dropout_p > 0.0:
         _check.fail(NotImplementedError, name, "dropout_p", "0", dropout_p)
     rank, ranks = _position(name, group)
-    q, k, v, _, lead = _as_batches(query, key, value, None, enable_gqa)
+    q, k, v, _, lead = as_batches(query, key, value, None, enable_gqa)
     zigzag = layout == "zigzag"
     numbers = (*k.shape, *v.shape, k.itemsize, is_causal, zigzag)
     _alike(name, "shape, dtype and options", numbers, k.device, group)

@@ -16,7 +16,8 @@ _TORCH_UP_TO = 2**26
 _CHEAP = frozenset(("identity", "relu", "leaky_relu", "sigmoid", "tanh", "silu"))
 LEFT_TO_TORCH = (
     f"float32 calls of at most {_TORCH_UP_TO} products M N K, without dropout and residual, and"
-    f" with {', '.join(sorted(_CHEAP))}: torch's calls cost less"
+    f" with {', '.join(sorted(_CHEAP))}, outside of torch.compile and torch.func: torch's calls"
+    " cost less"
 )
 
 
@@ -126,7 +127,7 @@ def _left_to_torch(input, weight, bias) -> bool:
         and input.dim() > 0
         and input.size(-1) == weight.size(1)
         and (bias is None or (isinstance(bias, Tensor) and bias.shape == (rows,)))
-        and backend._choice == "auto"
+        and backend.chosen == "auto"
         and not torch.compiler.is_compiling()  # the graph would be of these sizes only
         and not _autograd.transforming()
     )
@@ -166,9 +167,9 @@ def linear_act(
         RuntimeError: shapes, dtypes or devices that do not fit.
         TypeError: an argument that is no tensor.
     Backends:
-        native (CPU, CUDA), triton, reference. Under `auto`, float32 calls of up to 2^26 products on
-        the CPU with identity, relu, leaky_relu, sigmoid, tanh or silu, without dropout and
-        residual, are torch's own, which cost less.
+        native (CPU, CUDA), triton, reference. Under `auto`, float32 calls of up to 2^26 products M
+        N K on the CPU with identity, relu, leaky_relu, sigmoid, tanh or silu, without dropout and
+        residual, outside of torch.compile and torch.func, are torch's own, which cost less.
     Reference:
         Hendrycks & Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202); Salmon et al.
         2011 for the generator.

@@ -10,13 +10,13 @@ from fastnn.cross_entropy import check_loss_options, check_target
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
     """Returns (loss, lse, total_weight, *unit gradients).
 
     `unit_mask` says which gradients the forward makes, for an upstream gradient of 1; the first
     backward scales them in place, later ones (and those with a gradient of lse) recompute.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(

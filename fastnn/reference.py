@@ -207,7 +207,6 @@ def scaled_dot_product_attention(
     empty = (scores == -math.inf).all(-1, keepdim=True)
     lse = torch.logsumexp(scores.masked_fill(empty, 0.0), -1, keepdim=True)
     probabilities = torch.exp(scores - lse).masked_fill(empty, 0.0)[..., : key.shape[-2]]
-    # NaN in a hidden key's value must not leak through 0 * NaN.
     probabilities = _dropout(probabilities.to(query.dtype), dropout_p, True, keep)
     out = probabilities @ value
     if not return_lse:

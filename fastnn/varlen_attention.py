@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnn import _autograd, _check, _ops, backend, reference
-from fastnn.attention import check_per_head, refused_by_kernels, window_sides
+from fastnn.attention import check_options, check_per_head, refused_by_kernels, window_sides
 from fastnn.linear_act import dropout_seed, keep_mask
 
 _NAME = "varlen_attention"
@@ -113,11 +113,7 @@ def _check_arguments(
         fail(
             RuntimeError, _NAME, "cu_seqlens_k", f"of cu_seqlens_q's length {counts[0]}", counts[1]
         )
-    if not 0.0 <= dropout_p <= 1.0:
-        fail(RuntimeError, _NAME, "dropout_p", "in [0, 1]", dropout_p)
-    _check.choice(_NAME, "causal_alignment", causal_alignment, ("top_left", "bottom_right"))
-    if softcap is not None and not softcap > 0:
-        fail(ValueError, _NAME, "softcap", "None or above 0", softcap)
+    check_options(_NAME, dropout_p, causal_alignment, softcap)
     check_per_head(_NAME, "alibi_slopes", alibi_slopes, query.device, (heads,))
     check_per_head(_NAME, "sinks", sinks, query.device, (heads,))
 
@@ -197,12 +193,7 @@ def varlen_attention(
         _NAME, query=query, key=key, value=value, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, alibi_slopes_or_none=alibi_slopes, sinks_or_none=sinks,
     )  # fmt: skip
-    dtype = _autograd.autocast_dtype(query)
-    if dtype is not None:
-        query, key, value = (
-            t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-            for t in (query, key, value)
-        )
+    query, key, value = _autograd.autocast(query, key, value)
     starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     _check_arguments(
         query, key, value, starts, dropout_p, enable_gqa, causal_alignment, softcap, alibi_slopes,

@@ -95,3 +95,16 @@ def host_library(folder, *stems):
     """The sources of tests/cuda_on_host as a library."""
     sources = [str(ROOT / f"tests/cuda_on_host/{stem}.cpp") for stem in stems]
     return ctypes.CDLL(host_binary(folder / f"{stems[0]}.so", "-shared", *sources))
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="{} processes".format)
+def team(request, tmp_path_factory):
+    """So many processes, for tests of what runs on several: see processes.py."""
+    from processes import Team
+
+    team = Team(request.param, tmp_path_factory.mktemp("team"))
+    # The kernels are the native ones: Triton's interpreter would only be imported.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        yield team
+    team.stop()

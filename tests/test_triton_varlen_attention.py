@@ -11,11 +11,20 @@ import torch
 from attention_cases import cast, leaves_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from varlen_cases import OPTIONS, compare, operands, results, starts
+from varlen_cases import (
+    EMPTY,
+    OPTIONS,
+    check_dropout,
+    check_empty,
+    check_poison,
+    compare,
+    operands,
+    results,
+    starts,
+)
 
 import fastnn
 from fastnn import _ops
-from fastnn.linear_act import dropout_seed, keep_mask
 from fastnn.varlen_attention import varlen_attention
 
 pytestmark = pytest.mark.skipif(
@@ -48,18 +57,9 @@ def test_half_types(option, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_dropout_is_the_generators_mask(dtype):
-    """Of a matrix of the rows of all heads and the longest sequence's keys, as on the CPU."""
     torch.manual_seed(3)
     qkv, grad_out = operands(RAGGED, dtype)
-    state = torch.get_rng_state()
-    seed = dropout_seed(qkv[0].device)
-    keep = keep_mask(_ops.TRITON, (4, 46, 50), 0.3, seed, torch.ones(1))
-
-    def seeded(*arguments, **named):
-        torch.set_rng_state(state)
-        return triton(*arguments, **named)
-
-    compare(qkv, RAGGED, {"is_causal": True}, grad_out, function=seeded, keep=(0.3, keep))
+    check_dropout(qkv, RAGGED, grad_out, _ops.TRITON, torch.float32, triton)
 
 
 def test_views_of_packed_projections():
@@ -91,30 +91,12 @@ def test_other_sequences_do_not_leak():
     lengths = (2, 40, 5), (40, 33, 3)
     qkv, grad_out = operands(lengths, torch.float32)
     options = {"is_causal": True, "causal_alignment": "bottom_right"}
-    clean = results(triton, leaves_of(qkv), lengths, options, grad_out)
-    q, k = (starts(n).tolist() for n in lengths)
-    for n in range(3):
-        poisoned = [t.clone() for t in qkv]
-        for t, cut in zip(poisoned, (q, k, k), strict=True):
-            t[cut[n] : cut[n + 1]] = math.nan
-        dirty = results(triton, leaves_of(poisoned), lengths, options, grad_out)
-        for name, tensor in dirty.items():
-            cut = k if name in ("key", "value") else q
-            others = torch.ones(tensor.shape[0], dtype=torch.bool)
-            others[cut[n] : cut[n + 1]] = False
-            assert torch.equal(tensor[others], clean[name][others]), (n, name)
+    check_poison(math.nan, qkv, lengths, options, grad_out, triton)
 
 
-@pytest.mark.parametrize("lengths", (((), ()), ((0, 0), (0, 0)), ((0,), (4,)), ((3, 1), (0, 0))),
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("lengths", EMPTY, ids=str)
 def test_empty(lengths):
-    qkv, grad_out = operands(lengths, torch.float32, 2, 2, 8, 4)
-    leaves = leaves_of(qkv)
-    longest = [max(n, default=0) for n in lengths]
-    out, lse = triton(*leaves, *map(starts, lengths), *longest, return_lse=True)
-    assert out.shape == grad_out.shape and not out.any() and (lse == -math.inf).all()
-    for leaf, gradient in zip(leaves, torch.autograd.grad(out, leaves, grad_out), strict=True):
-        assert gradient.shape == leaf.shape and not gradient.any()
+    check_empty(lengths, triton)
 
 
 def test_same_bits_again_and_contiguous_results():

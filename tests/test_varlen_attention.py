@@ -8,12 +8,25 @@ from attention_cases import DTYPES, NATIVE, cast, leaves_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
-from varlen_cases import NAMES, OPTIONS, RAGGED, compare, operands, plain, results, seen, starts
+from varlen_cases import (
+    EMPTY,
+    NAMES,
+    OPTIONS,
+    RAGGED,
+    check_dropout,
+    check_empty,
+    check_poison,
+    compare,
+    operands,
+    plain,
+    results,
+    seen,
+    starts,
+)
 
 import fastnn
 from fastnn import _ops
 from fastnn.attention import scaled_dot_product_attention
-from fastnn.linear_act import dropout_seed, keep_mask
 from fastnn.varlen_attention import varlen_attention
 
 pytestmark = NATIVE
@@ -97,16 +110,7 @@ def test_views(layout, dtype):
 def test_dropout_is_the_generators_mask(dtype):
     torch.manual_seed(5)
     qkv, grad_out = operands(RAGGED, dtype)
-    state = torch.get_rng_state()
-    seed = dropout_seed(qkv[0].device)
-    shape = (4, sum(RAGGED[0]), max(RAGGED[1]))
-    keep = keep_mask(_ops.NATIVE, shape, 0.3, seed, qkv[0].double())
-
-    def seeded(*arguments, **named):
-        torch.set_rng_state(state)
-        return varlen_attention(*arguments, **named)
-
-    compare(qkv, RAGGED, {"is_causal": True}, grad_out, function=seeded, keep=(0.3, keep))
+    check_dropout(qkv, RAGGED, grad_out, _ops.NATIVE, torch.float64)
 
 
 def test_dropout_everything_and_rate():
@@ -187,32 +191,12 @@ def test_other_sequences_do_not_leak(dtype, poison):
     torch.manual_seed(11)
     lengths = (2, 70, 5, 130), (40, 70, 3, 300)
     qkv, grad_out = operands(lengths, dtype)
-    clean = results(varlen_attention, leaves_of(qkv), lengths, {}, grad_out)
-    q, k = (starts(n).tolist() for n in lengths)
-    for n in range(4):
-        poisoned = [t.clone() for t in qkv]
-        poisoned[0][q[n] : q[n + 1]] = poison
-        for t in poisoned[1:]:
-            t[k[n] : k[n + 1]] = poison
-        dirty = results(varlen_attention, leaves_of(poisoned), lengths, {}, grad_out)
-        for name, tensor in dirty.items():
-            cut = k if name in ("key", "value") else q
-            others = torch.ones(tensor.shape[0], dtype=torch.bool)
-            others[cut[n] : cut[n + 1]] = False
-            assert torch.equal(tensor[others], clean[name][others]), (n, name)
-            assert not torch.isfinite(tensor[~others]).any() or name != "out"
+    check_poison(poison, qkv, lengths, {}, grad_out)
 
 
-@pytest.mark.parametrize("lengths", (((), ()), ((0, 0), (0, 0)), ((0,), (4,)), ((3, 1), (0, 0))),
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("lengths", EMPTY, ids=str)
 def test_empty(lengths):
-    qkv, grad_out = operands(lengths, torch.float32, 2, 2, 8, 4)
-    leaves = leaves_of(qkv)
-    longest = [max(n, default=0) for n in lengths]
-    out, lse = varlen_attention(*leaves, *map(starts, lengths), *longest, return_lse=True)
-    assert out.shape == grad_out.shape and not out.any() and (lse == -math.inf).all()
-    for leaf, gradient in zip(leaves, torch.autograd.grad(out, leaves, grad_out), strict=True):
-        assert gradient.shape == leaf.shape and not gradient.any()
+    check_empty(lengths)
 
 
 def test_starts_of_int64_and_lengths_that_are_too_long():

@@ -8,11 +8,14 @@ from attention_cases import cast, leaves_of, values
 from conftest import assert_close_to_oracle
 
 from fastnn import reference
+from fastnn.linear_act import dropout_seed, keep_mask
 from fastnn.varlen_attention import varlen_attention
 
 NAMES = ("query", "key", "value", "sinks")
 # Rows and keys of each sequence: none of either, one, few, more than a block, more rows than keys
 RAGGED = ((5, 0, 1, 131, 2, 0, 37), (7, 3, 0, 300, 290, 0, 20))
+# Nothing at all, empty sequences, keys without rows, rows without keys
+EMPTY = (((), ()), ((0, 0), (0, 0)), ((0,), (4,)), ((3, 1), (0, 0)))
 OPTIONS = {
     "plain": lambda h, dtype: {},
     "causal": lambda h, dtype: {"is_causal": True},
@@ -95,3 +98,46 @@ def compare(qkv, lengths, options, grad_out, grad_lse=None, function=varlen_atte
 def seen(lse):
     """The lse without the -inf of rows that see nothing, for checks by finite differences."""
     return lse.masked_fill(lse == -math.inf, 0.0)
+
+
+def check_empty(lengths, function=varlen_attention):
+    qkv, grad_out = operands(lengths, torch.float32, 2, 2, 8, 4)
+    leaves = leaves_of(qkv)
+    longest = [max(n, default=0) for n in lengths]
+    out, lse = function(*leaves, *map(starts, lengths), *longest, return_lse=True)
+    assert out.shape == grad_out.shape and not out.any() and (lse == -math.inf).all()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out, leaves, grad_out), strict=True):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
+def check_dropout(qkv, lengths, grad_out, ops, wide, function=varlen_attention):
+    """The mask is that of a matrix of the rows of all heads and the longest sequence's keys, which
+    `ops` draws in the dtype `wide`."""
+    state = torch.get_rng_state()
+    seed = dropout_seed(qkv[0].device)
+    shape = (qkv[0].shape[1], sum(lengths[0]), max(lengths[1]))
+    keep = keep_mask(ops, shape, 0.3, seed, torch.ones((), dtype=wide))
+
+    def seeded(*arguments, **named):
+        torch.set_rng_state(state)
+        return function(*arguments, **named)
+
+    compare(qkv, lengths, {"is_causal": True}, grad_out, function=seeded, keep=(0.3, keep))
+
+
+def check_poison(poison, qkv, lengths, options, grad_out, function=varlen_attention):
+    """Sequences do not see what NaN or infinities another one has."""
+    clean = results(function, leaves_of(qkv), lengths, options, grad_out)
+    q, k = (starts(n).tolist() for n in lengths)
+    for n in range(len(lengths[0])):
+        poisoned = [t.clone() for t in qkv]
+        for t, cut in zip(poisoned, (q, k, k), strict=True):
+            t[cut[n] : cut[n + 1]] = poison
+        dirty = results(function, leaves_of(poisoned), lengths, options, grad_out)
+        for name, tensor in dirty.items():
+            cut = k if name in ("key", "value") else q
+            others = torch.ones(tensor.shape[0], dtype=torch.bool)
+            others[cut[n] : cut[n + 1]] = False
+            assert torch.equal(tensor[others], clean[name][others]), (n, name)
+            if name == "out" and not options:  # all rows see all of their sequence's keys
+                assert not torch.isfinite(tensor[~others]).any()
