@@ -371,7 +371,7 @@ def swap_(
     without an activation (torch's own GEMM is all they need). Outputs, gradients and state_dict
     keys stay those of the stock model, except that dropout draws other masks of the same rate, and
     that nn.TransformerEncoder no longer writes zeros at padded positions in evaluation (it stops
-    converting to nested tensors).
+    converting to nested tensors; jagged ones pass through its layers).
 
     Args:
         model: any module; it may itself be one of those above.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastnn import _autograd, _check
 from fastnn.attention import scaled_dot_product_attention
 from fastnn.linear_act import Dropout, dropout, linear_act
+from fastnn.varlen_attention import varlen_attention
 
 _FUNCTIONS = {
     F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu", F.sigmoid: "sigmoid",
@@ -97,20 +98,46 @@ def _feed_forward(layer: nn.Module, x: Tensor, residual: Tensor, drop: nn.Module
     return residual + _dropout(drop, layer.linear2(hidden))
 
 
+def _rows(name: str, argument: str, nested: Tensor) -> Tensor:
+    """The rows (T, E), sequence after sequence, of a jagged nested tensor (N, j, E)."""
+    jagged = nested.is_nested and nested.layout == torch.jagged
+    if not jagged or nested.dim() != 3 or nested._ragged_idx != 1 or nested.lengths() is not None:
+        expected = "(N, j, E), jagged and without holes, if one input is nested"
+        _check.fail(ValueError, name, argument, expected, f"{nested.layout} {nested.shape}")
+    return nested.values()
+
+
+def _like(nested: Tensor, rows: Tensor) -> Tensor:
+    """Rows as a jagged nested tensor of the same sequences; a known longest length stays known."""
+    return torch.nested.nested_tensor_from_jagged(
+        rows, nested.offsets(), min_seqlen=nested._maybe_min_seqlen,
+        max_seqlen=nested._maybe_max_seqlen,
+    )  # fmt: skip
+
+
 def _attention_block(
     attention: nn.Module, query: Tensor, memory: Tensor, masks: tuple, residual: Tensor,
     drop: nn.Module,
 ) -> Tensor:  # fmt: skip
-    """residual + drop(attention(query, memory, memory))"""
-    attn_mask, key_padding_mask, is_causal = masks
+    """residual + drop(attention(query, memory, memory))
+
+    The last of `masks` is None, or the jagged tensors whose rows `query` and `memory` are.
+    """
+    attn_mask, key_padding_mask, is_causal, jagged = masks
     if is_plain(attention, MultiheadAttention):
         return attention._attend(
-            query, memory, memory, key_padding_mask, attn_mask, is_causal, residual, drop
+            query, memory, memory, key_padding_mask, attn_mask, is_causal, jagged, residual, drop
         )
+    if jagged is not None:
+        itself = memory is query
+        query = _like(jagged[0], query)
+        memory = query if itself else _like(jagged[1], memory)
     out = attention(
         query, memory, memory, attn_mask=attn_mask, key_padding_mask=key_padding_mask,
         is_causal=is_causal, need_weights=False,
     )[0]  # fmt: skip
+    if jagged is not None:
+        out = out.values()
     return residual + _dropout(drop, out)
 
 
@@ -128,17 +155,26 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     With `need_weights=False` the projections are `linear_act`, and the attention is
     `scaled_dot_product_attention`, which never holds an L x S matrix; a padding mask stays (N, S)
-    in memory and is broadcast. With `need_weights=True`, and for nested tensors, torch's own
-    forward runs, as the probabilities themselves are asked for.
+    in memory and is broadcast. With `need_weights=True` torch's own forward runs, as the
+    probabilities themselves are asked for.
+
+    Jagged nested tensors (N, j, E) (`torch.nested.nested_tensor_from_jagged`) are sequences without
+    padding: everything runs on their values, the attention is `varlen_attention`, and the result is
+    jagged as `query`. They take no masks; `is_causal` alone makes each sequence causal. The longest
+    length is read from the offsets once where the tensor does not know it (give `max_seqlen` to
+    spare a GPU that wait). Not under torch.compile. Nested tensors of the strided layout go to
+    torch's own forward.
 
     Args: as torch.nn.MultiheadAttention.
     Shapes: query (L, N, E), key (S, N, kdim), value (S, N, vdim), or batch first, or without N;
         attn_mask (L, S) or (N * num_heads, L, S); key_padding_mask (N, S); True hides, floats are
-        added. All of one dtype: float64 (CPU), float32, bfloat16 or float16.
+        added. Or all three jagged (N, j, E), and no masks. All of one dtype: float64 (CPU),
+        float32, bfloat16 or float16.
     Returns: (out (L, N, E), weights or None).
     Raises: ValueError for shapes that do not fit, TypeError for masks of another kind, RuntimeError
-        for `is_causal` without `attn_mask`, as torch does.
-    Backends: those of linear_act and scaled_dot_product_attention.
+        for `is_causal` without `attn_mask`, as torch does. For jagged tensors ValueError also for
+        masks and holes, NotImplementedError for `add_bias_kv` and `add_zero_attn`.
+    Backends: those of linear_act, scaled_dot_product_attention and varlen_attention.
     Reference: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
     """
 
@@ -153,17 +189,69 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if need_weights or query.is_nested or key.is_nested or value.is_nested:
+        inputs = (query, key, value)
+        nested = any(x.is_nested for x in inputs)
+        if nested and not need_weights and all(x.layout == torch.jagged for x in inputs):
+            return self._attend_jagged(*inputs, key_padding_mask, attn_mask, is_causal), None
+        if nested or need_weights:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
         return self._attend(query, key, value, key_padding_mask, attn_mask, is_causal), None
 
+    def _attend_jagged(self, query, key, value, key_padding_mask, attn_mask, is_causal) -> Tensor:
+        name = "MultiheadAttention"
+        # Rows are the same object where the tensors are: _projections knows self-attention by it.
+        q = _rows(name, "query", query)
+        k = q if key is query else _rows(name, "key", key)
+        v = k if value is key else _rows(name, "value", value)
+        if value.offsets() is not key.offsets():
+            _check.fail(ValueError, name, "value", f"of key's shape {key.shape[:2]}", value.shape)
+        out = self._attend(q, k, v, key_padding_mask, attn_mask, is_causal, (query, key))
+        return _like(query, out)
+
     def _attend(
-        self, query, key, value, key_padding_mask, attn_mask, is_causal, residual=None, drop=None
+        self, query, key, value, key_padding_mask, attn_mask, is_causal, jagged=None, residual=None,
+        drop=None,
+    ) -> Tensor:  # fmt: skip
+        """The output, or residual + drop(output); of rows where `jagged` tells their sequences."""
+        if jagged is None:
+            out = self._heads(query, key, value, key_padding_mask, attn_mask, is_causal)
+        else:
+            out = self._packed_heads(
+                query, key, value, key_padding_mask, attn_mask, is_causal, jagged
+            )
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        if residual is None:
+            return linear_act(out, weight, bias)
+        return add_linear(residual, out, weight, bias, drop)
+
+    def _packed_heads(
+        self, query, key, value, key_padding_mask, attn_mask, is_causal, jagged
     ) -> Tensor:
-        """The output, or residual + drop(output)."""
+        """The heads' results side by side, (T, E), without padding."""
+        name = "MultiheadAttention"
+        for argument, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if mask is not None:
+                _check.fail(ValueError, name, argument, "None for jagged tensors", mask.shape)
+        bias_kv = self.bias_k is not None
+        for argument, on in (("add_bias_kv", bias_kv), ("add_zero_attn", self.add_zero_attn)):
+            if on:
+                _check.fail(NotImplementedError, name, argument, "False for jagged tensors", on)
+        self._check(query, key, value, None, None, False)
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, self.head_dim))
+            for x in self._projections(query, key, value)
+        )
+        out = varlen_attention(
+            q, k, v, *(x.offsets() for x in jagged), *(x._get_max_seqlen() for x in jagged),
+            self.dropout if self.training else 0.0, is_causal,
+        )  # fmt: skip
+        return out.flatten(1)
+
+    def _heads(self, query, key, value, key_padding_mask, attn_mask, is_causal) -> Tensor:
+        """The heads' results side by side, of query's shape but for the features."""
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3
         # Without a batch dimension, the sequence comes first and the batch of one follows.
@@ -188,12 +276,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, window=window)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
-        if not batched:
-            out = out.squeeze(1)
-        weight, bias = self.out_proj.weight, self.out_proj.bias
-        if residual is None:
-            return linear_act(out, weight, bias)
-        return add_linear(residual, out, weight, bias, drop)
+        return out if batched else out.squeeze(1)
 
     def _projections(self, query, key, value) -> tuple[Tensor, Tensor, Tensor]:
         """Projected query, key and value (..., embed_dim), with as few GEMMs as they allow."""
@@ -296,15 +379,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     each norm before its block (`norm_first`).
 
     Activation, dropouts and residual sums are epilogues of the GEMMs. Torch's inference fast path
-    is not taken: evaluation runs the same kernels as training. A nested tensor goes to torch's
-    forward; `swap_` turns off the conversion to nested tensors in nn.TransformerEncoder.
+    is not taken: evaluation runs the same kernels as training. A jagged nested tensor is taken
+    apart once: norms and GEMMs run on its rows (T, E), so that padding costs nothing, also inside
+    of nn.TransformerEncoder. A strided one goes to torch's forward; `swap_` turns off the
+    conversion to such tensors in nn.TransformerEncoder.
 
     Args: as torch.nn.TransformerEncoderLayer; an `activation` that linear_act does not have is
         called between the two GEMMs.
-    Shapes: src (L, N, E), (N, L, E) batch first, or (L, E); masks as MultiheadAttention's.
+    Shapes: src (L, N, E), (N, L, E) batch first, or (L, E); masks as MultiheadAttention's. Or
+        jagged (N, j, E), without masks.
     Returns: a tensor of src's shape.
     Raises: as MultiheadAttention.
-    Backends: those of linear_act and scaled_dot_product_attention.
+    Backends: those of MultiheadAttention.
     Reference: Vaswani et al. 2017; Xiong et al. 2020, figure 1, for `norm_first`.
     """
 
@@ -336,16 +422,19 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src.is_nested:
+        jagged = (src, src) if src.is_nested else None
+        if jagged and src.layout != torch.jagged:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        masks = (src_mask, src_key_padding_mask, is_causal)
-        x = src
+        masks = (src_mask, src_key_padding_mask, is_causal, jagged)
+        x = _rows("TransformerEncoderLayer", "src", src) if jagged else src
         if self.norm_first:
             y = self.norm1(x)
             x = _attention_block(self.self_attn, y, y, masks, x, self.dropout1)
-            return _feed_forward(self, self.norm2(x), x, self.dropout2)
-        x = self.norm1(_attention_block(self.self_attn, x, x, masks, x, self.dropout1))
-        return self.norm2(_feed_forward(self, x, x, self.dropout2))
+            x = _feed_forward(self, self.norm2(x), x, self.dropout2)
+        else:
+            x = self.norm1(_attention_block(self.self_attn, x, x, masks, x, self.dropout1))
+            x = self.norm2(_feed_forward(self, x, x, self.dropout2))
+        return _like(src, x) if jagged else x
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -355,10 +444,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     Args: as torch.nn.TransformerDecoderLayer.
     Shapes: tgt (L, N, E), memory (S, N, E), or batch first, or without N; masks as
-        MultiheadAttention's, `tgt_*` for the first block and `memory_*` for the second.
+        MultiheadAttention's, `tgt_*` for the first block and `memory_*` for the second. Or
+        both jagged (N, j, E), and no masks.
     Returns: a tensor of tgt's shape.
     Raises: as MultiheadAttention.
-    Backends: those of linear_act and scaled_dot_product_attention.
+    Backends: those of MultiheadAttention.
     Reference: Vaswani et al. 2017; Xiong et al. 2020, figure 1, for `norm_first`.
     """
 
@@ -394,15 +484,24 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-        cross = (memory_mask, memory_key_padding_mask, memory_is_causal)
+        nested = tgt.is_nested or memory.is_nested
+        jagged = (tgt, memory) if nested else None
+        own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal, (tgt, tgt) if nested else None)
+        cross = (memory_mask, memory_key_padding_mask, memory_is_causal, jagged)
         x = tgt
+        if nested:
+            x = _rows("TransformerDecoderLayer", "tgt", tgt)
+            memory = _rows("TransformerDecoderLayer", "memory", memory)
         if self.norm_first:
             y = self.norm1(x)
             x = _attention_block(self.self_attn, y, y, own, x, self.dropout1)
             y = self.norm2(x)
             x = _attention_block(self.multihead_attn, y, memory, cross, x, self.dropout2)
-            return _feed_forward(self, self.norm3(x), x, self.dropout3)
-        x = self.norm1(_attention_block(self.self_attn, x, x, own, x, self.dropout1))
-        x = self.norm2(_attention_block(self.multihead_attn, x, memory, cross, x, self.dropout2))
-        return self.norm3(_feed_forward(self, x, x, self.dropout3))
+            x = _feed_forward(self, self.norm3(x), x, self.dropout3)
+        else:
+            x = self.norm1(_attention_block(self.self_attn, x, x, own, x, self.dropout1))
+            x = self.norm2(
+                _attention_block(self.multihead_attn, x, memory, cross, x, self.dropout2)
+            )
+            x = self.norm3(_feed_forward(self, x, x, self.dropout3))
+        return _like(tgt, x) if nested else x

