@@ -185,9 +185,10 @@ def check_per_head(function: str, name: str, values: Tensor | None, device, *sha
 
 def as_batches(query, key, value, attn_mask, enable_gqa):
     """Views of (B, H, S, D), a mask of four dimensions that broadcasts, and the leading shape."""
-    lead = query.shape[:-2]
-    if attn_mask is None and len(lead) == 2 and lead == key.shape[:-2] == value.shape[:-2]:
-        return query, key, value, None, lead
+    lead, kv_lead = query.shape[:-2], key.shape[:-2]
+    if attn_mask is None and len(lead) == len(kv_lead) == 2 and kv_lead == value.shape[:-2]:
+        if lead == kv_lead or (enable_gqa and lead[0] == kv_lead[0]):
+            return query, key, value, None, lead
     heads = query.shape[-3:-2]
     if not enable_gqa:
         heads = torch.broadcast_shapes(heads, key.shape[-3:-2], value.shape[-3:-2])
