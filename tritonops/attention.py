@@ -6,9 +6,8 @@ Work: a program owns BLOCK_M queries of one head and walks the key tiles of thei
   few queries a program walks a part of the keys, and a second kernel adds the parts (decoding).
 Memory: q, the running max m, sum l and out in registers; k and v stream through shared memory. GQA
   and broadcast masks are strides, never copies.
-Numerics: fp32 sums, exp2; a hidden key has probability exactly 0 and gives no NaN either, but for a
-  value at the edge of the band, which must be hidden from a whole tile (a choice of registers).
-  Dropout acts on the normalized probabilities, lse does not know of it.
+Numerics: fp32 sums, exp2; a hidden key has probability exactly 0, and one that no query of a tile
+  sees gives no NaN either. Dropout acts on the normalized probabilities, lse does not know of it.
 Limits: head dims up to 256, padded to a power of two.
 """
 
@@ -33,10 +32,11 @@ from tritonops.attention_tile import (
     TILES,
     UNSPECIALIZED,
     aot_case,
+    bias_sees,
     configured,
     exponential,
-    hiding,
     load_bias,
+    load_key_bias,
     load_tile,
     packed_problem,
     packed_tiles,
@@ -48,7 +48,6 @@ from tritonops.attention_tile import (
     span,
     store_tile,
     unpacked,
-    visible,
 )
 from tritonops.launch import dot, processors, rounded
 from tritonops.philox import dropout_keep
@@ -131,20 +130,19 @@ def attention_forward_kernel(
             qk = dot(q, tl.trans(k), None, "ieee")
             bias = qk
             if MASK:
-                bias = load_bias(
-                    mask_ptr + b * stride_mb + h * stride_mh, row[:, None], col[None, :],
-                    seq_q, seq_k, stride_mq, stride_mk, MASK, MASK_ROWS,
-                )  # fmt: skip
+                mask_base = mask_ptr + b * stride_mb + h * stride_mh
+                if MASK_ROWS:
+                    bias = load_bias(
+                        mask_base, row[:, None], col[None, :], seq_q, seq_k, stride_mq, stride_mk,
+                        MASK,
+                    )  # fmt: skip
+                else:
+                    key_bias = load_key_bias(mask_base, col, seq_k, stride_mk, MASK)
+                    bias = key_bias[None, :]
             s = score_tile(
-                qk, bias, row[:, None], col[None, :], slope, shift, scale, cap, FOLD, MASK, ALIBI,
-                SOFTCAP,
+                qk, bias, row[:, None], col[None, :], slope, seq_q, seq_k, low, high, shift, scale,
+                cap, FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
             )  # fmt: skip
-            if phase != 1 or MASK:
-                seen = visible(
-                    bias, row[:, None], col[None, :], seq_q, seq_k, low, high, MASK, phase != 1,
-                    HAS_LOW, HAS_HIGH,
-                )  # fmt: skip
-                s = tl.where(seen, s, float("-inf"))
             # P = exp(S - m), the sums so far scaled to the new maximum
             row_max = tl.max(s, 1) * scale if FOLD else tl.max(s, 1)
             new_m = tl.maximum(m, row_max)
@@ -165,7 +163,12 @@ def attention_forward_kernel(
                 phase != 1,
             )  # fmt: skip
             if MASK:
-                p, v = hiding(p, v)
+                # 0 * NaN: a value that no query of this tile sees must not enter the product.
+                if MASK_ROWS:
+                    seen = tl.max(bias_sees(bias, MASK).to(tl.int32), 0) != 0
+                else:
+                    seen = bias_sees(key_bias, MASK)
+                v = tl.where(seen[:, None], v, 0.0)
             acc = acc * correction[:, None]
             acc = dot(rounded(p, v.dtype), v, acc, "ieee")
 

@@ -17,10 +17,11 @@ from tritonops.attention_tile import (
     ADDITIVE_MASK,
     LOG2E,
     UNSPECIALIZED,
+    bias_sees,
     configured,
     exponential,
-    finite,
     load_bias,
+    load_key_bias,
     load_tile,
     packed_problem,
     phase_bounds,
@@ -32,7 +33,6 @@ from tritonops.attention_tile import (
     span,
     store_tile,
     unpacked,
-    visible,
 )
 from tritonops.launch import dot, rounded
 from tritonops.philox import dropout_keep
@@ -67,9 +67,7 @@ def attention_delta_kernel(
     # A row without a key: exp(S - inf) is 0 whatever S is, and its delta is not to be heard of.
     empty = lse == float("-inf")
     tl.store(delta_ptr + plane * seq_q + row, tl.where(empty, 0.0, delta), mask=inside)
-    # A NaN of dO is made one of the row, which the kernels know by its lse.
-    row_lse = tl.where(tl.abs(delta) < float("inf"), lse * lse_scale, float("nan"))
-    row_lse = tl.where(empty, float("inf"), row_lse)
+    row_lse = tl.where(empty, float("inf"), lse * lse_scale)
     tl.store(row_lse_ptr + plane * seq_q + row, row_lse, mask=inside)
 
 
@@ -128,47 +126,33 @@ def attention_backward_key_kernel(
             slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
         if MASK:
             mask_base = mask_ptr + b * stride_mb + h * stride_mh
-            key_bias = load_bias(
-                mask_base, None, col[:, None], seq_q, seq_k, stride_mq, stride_mk, MASK, False
-            )
+            key_bias = load_key_bias(mask_base, col, seq_k, stride_mk, MASK)
         for phase in tl.static_range(0 if HAS_HIGH else 1, 3):
             tile_start, tile_end = phase_bounds(phase, start, full_start, full_end, end)
             for i in tl.range(tile_start, tile_end, BLOCK_M):
                 row = i + tl.arange(0, BLOCK_M)
-                known = None
-                if phase != 1 or MASK:
-                    # P = 0 would not hide the NaN in a row of q and dO: its P alone tells of them.
-                    row_lse = tl.load(row_lse_ptr + row_number + row, mask=row < seq_q, other=0.0)
-                    known = tl.abs(row_lse) < float("inf")
                 q = load_tile(
                     query_base, i, begin, end, stride_qs, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM,
-                    phase != 1 or MASK != 0, known,
+                    phase != 1,
                 )  # fmt: skip
                 qk = dot(k, tl.trans(q), None, "ieee")
                 bias = qk
                 if MASK:
-                    bias = key_bias
+                    bias = key_bias[:, None]
                     if MASK_ROWS:
                         bias = load_bias(
                             mask_base, row[None, :], col[:, None], seq_q, seq_k,
-                            stride_mq, stride_mk, MASK, True,
+                            stride_mq, stride_mk, MASK,
                         )  # fmt: skip
                 s = score_tile(
-                    qk, bias, row[None, :], col[:, None], slope, shift, scale, cap, FOLD, MASK,
-                    ALIBI, SOFTCAP,
+                    qk, bias, row[None, :], col[:, None], slope, seq_q, seq_k, low, high, shift,
+                    scale, cap, FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
                 row_lse = tl.load(
                     row_lse_ptr + row_number + row, mask=row < seq_q, other=float("inf")
                 )
                 delta = tl.load(delta_ptr + row_number + row, mask=row < seq_q, other=0.0)
                 p = exponential(s, row_lse[None, :], scale, FOLD)
-                if phase != 1 or MASK:
-                    # Not S = -inf instead: less an lse of NaN that would be NaN.
-                    seen = visible(
-                        bias, row[None, :], col[:, None], seq_q, seq_k, low, high, MASK,
-                        phase != 1, HAS_LOW, HAS_HIGH,
-                    )  # fmt: skip
-                    p = tl.where(seen, p, 0.0)
                 dropped = p
                 if DROPOUT:
                     keep = tl.trans(
@@ -178,7 +162,7 @@ def attention_backward_key_kernel(
                 # dV += P^T dO
                 grad_out = load_tile(
                     grad_out_base, i, begin, end, stride_gs, stride_gd, BLOCK_M, BLOCK_DV,
-                    VALUE_DIM, phase != 1 or MASK != 0, known,
+                    VALUE_DIM, phase != 1,
                 )  # fmt: skip
                 grad_v = dot(rounded(dropped, grad_out.dtype), grad_out, grad_v, "ieee")
                 grad_p = dot(v, tl.trans(grad_out), None, "ieee")
@@ -186,10 +170,10 @@ def attention_backward_key_kernel(
                     grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
                 # dS = P (dP - delta), 0 where hidden even if dP is NaN
                 grad_s = p * (grad_p - delta[None, :])
-                if SOFTCAP:
-                    grad_s *= softcap_slope(qk, scale)
                 if phase != 1 or MASK:
                     grad_s = tl.where(p == 0.0, 0.0, grad_s)
+                if SOFTCAP:
+                    grad_s *= softcap_slope(qk, scale)
                 # dK += dS^T q
                 grad_k = dot(rounded(grad_s, q.dtype), q, grad_k, "ieee")
     if DROPOUT:
@@ -211,32 +195,25 @@ def _grad_score_tile(
     columns, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
     FOLD: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
-    CAPPED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dS, queries x keys: the gradient of what the softcap gives if CAPPED, else of scale q k^T."""
+    """(q k^T, dS), queries x keys; dS is the gradient of what the softcap gives."""
     qk = dot(q, tl.trans(k), None, "ieee")
     if MASK == 0:
         bias = qk
     s = score_tile(
-        qk, bias, row[:, None], col[None, :], slope, shift, scale, cap, FOLD, MASK, ALIBI, SOFTCAP
+        qk, bias, row[:, None], col[None, :], slope, seq_q, seq_k, low, high, shift, scale, cap,
+        FOLD, MASK, ALIBI, SOFTCAP, EDGE, HAS_LOW, HAS_HIGH,
     )  # fmt: skip
     p = exponential(s, row_lse[:, None], scale, FOLD)
-    if EDGE or MASK:
-        seen = visible(
-            bias, row[:, None], col[None, :], seq_q, seq_k, low, high, MASK, EDGE, HAS_LOW, HAS_HIGH
-        )  # fmt: skip
-        p = tl.where(seen, p, 0.0)
     grad_p = dot(grad_out, tl.trans(v), None, "ieee")
     if DROPOUT:
         keep = dropout_keep(seed_ptr, threshold, dropout_row, first_col, columns, BLOCK_N)
         grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
     grad_s = p * (grad_p - delta[:, None])
-    if SOFTCAP:
-        if not CAPPED:
-            grad_s *= softcap_slope(qk, scale)
     if EDGE or MASK:
         grad_s = tl.where(p == 0.0, 0.0, grad_s)
-    return grad_s
+    return qk, grad_s
 
 
 @configured("query")
@@ -304,17 +281,27 @@ def attention_backward_query_kernel(
             )  # fmt: skip
             bias = row_lse
             if MASK:
-                bias = load_bias(
-                    mask_ptr + b * stride_mb + h * stride_mh, row[:, None], col[None, :],
-                    seq_q, seq_k, stride_mq, stride_mk, MASK, MASK_ROWS,
-                )  # fmt: skip
-            grad_s = _grad_score_tile(
+                mask_base = mask_ptr + b * stride_mb + h * stride_mh
+                if MASK_ROWS:
+                    bias = load_bias(
+                        mask_base, row[:, None], col[None, :], seq_q, seq_k, stride_mq, stride_mk,
+                        MASK,
+                    )  # fmt: skip
+                    seen = tl.max(bias_sees(bias, MASK).to(tl.int32), 0) != 0
+                else:
+                    key_bias = load_key_bias(mask_base, col, seq_k, stride_mk, MASK)
+                    bias = key_bias[None, :]
+                    seen = bias_sees(key_bias, MASK)
+            qk, grad_s = _grad_score_tile(
                 q, k, v, grad_out, bias, row, col, n, slope, row_lse, delta, seed_ptr, row_number,
                 columns, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, FOLD,
-                MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, False, BLOCK_N,
+                MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
-            if phase != 1 or MASK:
-                k = finite(k)  # 0 * NaN: a row that sees such a key has NaN for its dS
+            if SOFTCAP:
+                grad_s *= softcap_slope(qk, scale)
+            if MASK:
+                # 0 * NaN, as in the forward
+                k = tl.where(seen[:, None], k, 0.0)
             grad_q = dot(rounded(grad_s, k.dtype), k, grad_q, "ieee")
     store_tile(
         grad_query_ptr, rows_before(b, h, heads, first_row, seq_q, PACKED), heads, first, seq_q,
@@ -392,13 +379,12 @@ def attention_backward_mask_kernel(
                 slope = tl.load(alibi_ptr + b * stride_ab + h * stride_ah).to(tl.float32)
             bias = load_bias(
                 mask_ptr + b * stride_mb + h * stride_mh, row[:, None], col[None, :],
-                seq_q, seq_k, stride_mq, stride_mk, MASK, MASK_ROWS,
+                seq_q, seq_k, stride_mq, stride_mk, MASK,
             )  # fmt: skip
-            grad_s = _grad_score_tile(
+            _, grad_s = _grad_score_tile(
                 q, k, v, grad_out, bias, row, col, first_col, slope, row_lse, delta, seed_ptr,
                 row_number, seq_k, seq_q, seq_k, low, high, shift, scale, cap, threshold,
-                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, True,
-                BLOCK_N,
+                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
             acc += grad_s
 

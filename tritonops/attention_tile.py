@@ -2,7 +2,7 @@
 
 Scores S are of two kinds: where nothing is added to q k^T and nothing bends it (FOLD), S is q k^T
 itself and `scale` holds log2(e), so that exp2(S scale - m) is one multiply-add; elsewhere S is the
-natural score. The probability of a hidden score is exactly 0.
+natural score. A hidden score is -inf, and its probability is exactly 0.
 """
 
 import torch
@@ -21,17 +21,13 @@ NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 def load_tile(
     base, start, begin, end, stride_row, stride_col,
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr,
-    wanted=None,
 ):  # fmt: skip
-    """[ROWS, COLS] of a matrix `WIDTH` wide from row `start`; if BOUNDED, 0 outside rows
-    [begin, end) and where rows are not `wanted`."""
+    """[ROWS, COLS] of a matrix `WIDTH` wide from row `start`; 0 outside rows [begin, end)."""
     row = tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     base += tl.cast(start, tl.int64) * stride_row
     pointers = base + row[:, None] * stride_row + col[None, :] * stride_col
     inside = (start + row >= begin) & (start + row < end)
-    if wanted is not None:
-        inside = inside & wanted
     if BOUNDED and WIDTH < COLS:
         return tl.load(pointers, mask=inside[:, None] & (col < WIDTH)[None, :], other=0.0)
     elif BOUNDED:
@@ -40,21 +36,6 @@ def load_tile(
         return tl.load(pointers, mask=(col < WIDTH)[None, :], other=0.0)
     else:
         return tl.load(pointers)
-
-
-@triton.jit
-def finite(tile):
-    """The tile with 0 for NaN and infinities, which weights of 0 would not hide."""
-    return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0)
-
-
-@triton.jit
-def hiding(weights, tile):
-    """(weights, tile) of a product in which weights of 0 hide NaN and infinities: the tile without
-    them, and the other weights of its rows that had any are NaN."""
-    clean = finite(tile)
-    spoilt = tl.max((tile != clean).to(tl.int32), 1) != 0
-    return tl.where(spoilt[None, :] & (weights != 0.0), float("nan"), weights), clean
 
 
 @triton.jit
@@ -111,17 +92,11 @@ def rows_before(b, h, heads, first, size, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_bias(
-    base, row, col, seq_q, seq_k, stride_q, stride_k, MASK: tl.constexpr, ROWS: tl.constexpr
-):
-    """The mask at (row, col), which broadcast to the tile, whichever way it lies; if not ROWS, one
-    row for all queries."""
-    pointers = base + col.to(tl.int64) * stride_k
-    inside = col < seq_k
-    if ROWS:
-        pointers += row.to(tl.int64) * stride_q
-        inside = inside & (row < seq_q)
-    # What is outside is hidden.
+def load_bias(base, row, col, seq_q, seq_k, stride_q, stride_k, MASK: tl.constexpr):
+    """The mask at (row, col), which broadcast to the tile, whichever way it lies."""
+    pointers = base + row.to(tl.int64) * stride_q + col.to(tl.int64) * stride_k
+    inside = (row < seq_q) & (col < seq_k)
+    # What is outside must look hidden: see bias_sees.
     if MASK == 1:
         return tl.load(pointers, mask=inside, other=0)
     else:
@@ -129,11 +104,30 @@ def load_bias(
 
 
 @triton.jit
+def load_key_bias(base, col, seq_k, stride_k, MASK: tl.constexpr):
+    """The same for a mask that is one row for all queries."""
+    pointers = base + col.to(tl.int64) * stride_k
+    if MASK == 1:
+        return tl.load(pointers, mask=col < seq_k, other=0)
+    else:
+        return tl.load(pointers, mask=col < seq_k, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def bias_sees(bias, MASK: tl.constexpr):
+    if MASK == 1:
+        return bias != 0
+    else:
+        return bias != float("-inf")
+
+
+@triton.jit
 def score_tile(
-    qk, bias, row, col, slope, shift, scale, cap,
+    qk, bias, row, col, slope, seq_q, seq_k, low, high, shift, scale, cap,
     FOLD: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+    EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
 ):  # fmt: skip
-    """The scores S of a tile of q k^T; what is not visible is yet to be hidden."""
+    """The scores S of a tile of q k^T."""
     if SOFTCAP:
         s = cap * tanh(qk * scale)
     elif FOLD:
@@ -142,33 +136,20 @@ def score_tile(
         s = qk * scale
     if ALIBI:
         s -= slope * tl.abs(row + shift - col).to(tl.float32)
-    if MASK == 2:
-        s += bias
-    return s
-
-
-@triton.jit
-def visible(
-    bias, row, col, seq_q, seq_k, low, high,
-    MASK: tl.constexpr, EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
-):  # fmt: skip
-    """Which pairs of a tile, of a mask or at an EDGE, the mask and the band show."""
     if MASK == 1:
-        seen = bias != 0
-    if MASK == 2:
-        seen = bias != float("-inf")
+        s = tl.where(bias != 0, s, float("-inf"))
+    elif MASK == 2:
+        # -inf hides a key even where its own score is NaN.
+        s = tl.where(bias != float("-inf"), s + bias, float("-inf"))
     if EDGE:
         # A row past the end would see NaN keys that no query sees.
-        inside = (row < seq_q) & (col < seq_k)
+        visible = (row < seq_q) & (col < seq_k)
         if HAS_LOW:
-            inside = inside & (col - row >= low)
+            visible = visible & (col - row >= low)
         if HAS_HIGH:
-            inside = inside & (col - row <= high)
-        if MASK:
-            seen = seen & inside
-        else:
-            seen = inside
-    return seen
+            visible = visible & (col - row <= high)
+        s = tl.where(visible, s, float("-inf"))
+    return s
 
 
 @triton.jit
