@@ -258,6 +258,58 @@ def test_hidden_keys_reach_no_row_that_does_not_see_them(kernels, dtype, poison)
         assert torch.isfinite(got[..., 4:]).all()
 
 
+def assert_spoiled(got, clean, where):
+    """Nothing is finite where it says, and the rest is what it was."""
+    where = where.expand(got.shape)
+    assert not torch.isfinite(got[where]).any() and torch.equal(got[~where], clean[~where])
+
+
+# Of the query, the key, the value or dO, the column that is spoiled: one row of it.
+POISON = {"query": 5, "key": 5, "value": 3, "grad_out": 3}
+
+
+def check_poisoned(what, at, seen, clean, got):
+    """out, lse, dQ, dK, dV, where POISON is in row `at`: it reaches what sees it."""
+    rows = seen[:, at] if what in ("value", "key") else torch.arange(len(seen)) == at
+    keys = seen[rows].any(0)  # what these rows see
+    assert rows.any() and not rows.all() and keys.any() and not keys.all()
+    rows, keys = rows[:, None], keys[:, None]
+    nothing = torch.zeros(1, dtype=torch.bool)
+    only = torch.arange(got[0].shape[-1]) == POISON[what]
+    wrong_scores = what in ("query", "key")
+    assert_spoiled(got[0], clean[0], rows & (only if what == "value" else nothing | wrong_scores))
+    assert_spoiled(got[1], clean[1], rows[:, 0] & wrong_scores)
+    assert_spoiled(got[2], clean[2], rows)
+    assert_spoiled(got[3], clean[3], keys)
+    column = {"value": nothing, "grad_out": only}.get(what, ~nothing)
+    assert_spoiled(got[4], clean[4], keys & column)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("what", POISON)
+def test_what_is_hidden_from_a_row_does_not_reach_it(kernels, what, dtype):
+    mask = torch.zeros(90, 120, dtype=torch.bool)
+    mask[30:80, 40:90] = True
+    mask[5, 7] = mask[:, 100:] = True
+    mask[45] = mask[:, 65] = False
+    mask[45, 60:70] = mask[40:50, 65] = True
+    band = (torch.arange(120) <= torch.arange(90)[:, None] + 9) & (
+        torch.arange(120) >= torch.arange(90)[:, None] - 20
+    )
+    for seen, options in ((mask, dict(mask=mask)), (band, dict(left=20, right=9))):
+        case = HostCase(kernels, 90, 120, dtype=dtype, grad_lse=False, **options)
+        wanted = [True, True, True, False, False]
+        results = case.forward()
+        clean = [*results, *case.backward(*results, wanted)[:3]]
+        at = 45 if what in ("query", "grad_out") else 65
+        tensor = getattr(case, what).clone()
+        tensor[:, :, at, POISON[what]] = math.nan
+        setattr(case, what, tensor)
+        results = case.forward()
+        got = [*results, *case.backward(*results, wanted)[:3]]
+        check_poisoned(what, at, seen, clean, got)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_hidden_queries_and_keys_reach_no_gradient(kernels, dtype):
     case = HostCase(kernels, 70, 90, dtype=dtype, right=0, grad_lse=False)

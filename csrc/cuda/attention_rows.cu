@@ -31,7 +31,10 @@ __global__ void __launch_bounds__(128) attention_rows_kernel(AttentionBackward p
   delta = warp_reduce(delta, [](float x, float y) { return x + y; });
   if (threadIdx.x % 32 != 0) return;
   const float lse = p.lse[row];
-  p.rows[row] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+  // Of a NaN, exp(S - lse) would be one for the keys too that are hidden from the row, whose S is
+  // -inf: in place of it a number by which what the row sees becomes infinite, and that stays 0.
+  constexpr float kForNan = -1e30f;
+  p.rows[row] = lse == -INFINITY ? INFINITY : lse != lse ? kForNan : lse * kLog2e;
   p.rows[rows + row] = p.grad_lse != nullptr ? delta - p.grad_lse[row] : delta;
 }
 
