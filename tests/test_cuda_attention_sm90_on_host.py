@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from conftest import assert_close_to_oracle, host_library
+from test_cuda_attention_on_host import POISON, check_poisoned
 from test_cuda_on_host import CANARY, DTYPES, GUARD, guarded
 
 from fastnn import reference
@@ -259,6 +260,31 @@ def test_keys_that_no_query_sees_do_not_reach_a_gradient(kernels):
         case.key[:, :, hidden] = math.nan
         case.value[:, :, hidden] = math.nan
     assert all(torch.equal(a, b) for a, b in zip(case.backward(kernels, rows), wanted, strict=True))
+
+
+# A row or a key in the middle is spoiled, which the band cuts from others of its tile.
+POISONED = {
+    "64": ((1, 2, 1, 197, 300, 64, 64), (0, -1, 0)),
+    "128": ((1, 2, 2, 150, 270, 128, 128), (30, 40, 9)),
+}
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("what", POISON)
+@pytest.mark.parametrize("shape", POISONED)
+def test_what_is_hidden_from_a_row_does_not_reach_it(kernels, shape, what, poison):
+    if what in ("key", "query") and poison == math.inf:
+        pytest.skip("scores of -inf are as hidden keys")
+    sizes, band = POISONED[shape]
+    dtype = HALVES[len(what) % 2]
+    case = Case(sizes, dtype, band)
+    clean = case.forward(kernels)
+    clean_gradients = case.backward(kernels, case.rows(*clean))
+    at = (case.sq if what in ("query", "grad_out") else case.sk) // 2
+    getattr(case, what)[:, :, at, POISON[what]] = poison
+    out, lse = case.forward(kernels)
+    got = [out, lse, *case.backward(kernels, case.rows(out, lse))]
+    check_poisoned(what, at, case.visible(), [*clean, *clean_gradients], got)
 
 
 def test_rows_that_see_no_key(kernels):
