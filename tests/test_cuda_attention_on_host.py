@@ -4,6 +4,7 @@ outside of the tensors; asynchronous copies are done as late as they may be.
 """
 
 import ctypes
+import functools
 import math
 
 import pytest
@@ -34,6 +35,13 @@ class Mask(ctypes.Structure):
     ]  # fmt: skip
 
 
+# Of packed sequences: test_cuda_varlen_attention_on_host.py.
+PACKING = [
+    ("query_starts", POINTER), ("key_starts", POINTER), ("query_rows", INT64), ("key_rows", INT64),
+    ("each_bottom_right", ctypes.c_bool),
+]  # fmt: skip
+
+
 class Problem(ctypes.Structure):
     _fields_ = [
         ("storage", ctypes.c_int),
@@ -43,7 +51,7 @@ class Problem(ctypes.Structure):
         ("scale", FLOAT), ("softcap", FLOAT),
         *((name, INT64) for name in ("shift", "left", "right")), ("mask", Mask),
         *((name, POINTER) for name in ("slopes", "sinks", "seed")),
-        ("threshold", ctypes.c_uint32), ("keep_scale", FLOAT),
+        ("threshold", ctypes.c_uint32), ("keep_scale", FLOAT), *PACKING,
     ]  # fmt: skip
 
 
@@ -61,14 +69,17 @@ class Backward(Problem):
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    library = host_library(
-        tmp_path_factory.mktemp("cuda_on_host"), "attention", "attention_backward", "attention_rows"
-    )
+@functools.cache
+def attention_library(folder):
+    library = host_library(folder, "attention", "attention_backward", "attention_rows")
     for name in ("splits", "split_scratch", "mask_parts"):
         getattr(library, name).restype = INT64
     return library
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return attention_library(tmp_path_factory.getbasetemp())
 
 
 def amid_nan(tensor):

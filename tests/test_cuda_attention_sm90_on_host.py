@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from conftest import assert_close_to_oracle, host_library
-from test_cuda_attention_on_host import POISON, check_poisoned
+from test_cuda_attention_on_host import PACKING, POISON, check_poisoned
 from test_cuda_on_host import CANARY, DTYPES, GUARD, guarded
 
 from fastnn import reference
@@ -45,6 +45,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shift", "left", "right")),
         ("mask", Mask), ("slopes", ctypes.c_void_p), ("sinks", ctypes.c_void_p),
         ("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float),
+        *PACKING,
     ]  # fmt: skip
 
 
@@ -323,7 +324,7 @@ def test_what_the_kernel_serves(kernels):
     assert serves() and serves(Case((1, 2, 1, 128, 64, 256, 8)))
     assert not serves(storage=DTYPES[torch.float32])
     assert not serves(softcap=1.0) and not serves(scale=-1.0) and not serves(splits=2)
-    for pointer in ("slopes", "sinks", "seed"):
+    for pointer in ("slopes", "sinks", "seed", "query_starts"):
         assert not serves(**{pointer: 64})
     assert not serves(mask=Mask(data=64))
     for dim in (60, 0):

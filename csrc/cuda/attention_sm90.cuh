@@ -171,7 +171,8 @@ inline bool serves(const AttentionProblem& p, int64_t most_dim) {
   constexpr int64_t kMost = int64_t{1} << 29;
   const bool half = p.storage == Storage::kFloat16 || p.storage == Storage::kBFloat16;
   const bool plain = p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr &&
-                     p.slopes == nullptr && p.sinks == nullptr && p.seed == nullptr;
+                     p.slopes == nullptr && p.sinks == nullptr && p.seed == nullptr &&
+                     p.query_starts == nullptr;
   const int64_t longer = std::max(p.queries, p.keys);
   const bool sizes = p.queries > 0 && p.keys > 0 && p.batch > 0 && p.heads > 0 && p.dim > 0 &&
                      p.value_dim > 0 && longer < kMost &&
