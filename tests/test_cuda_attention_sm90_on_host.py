@@ -100,10 +100,12 @@ def check_canary(tensor, buffer):
 class Case:
     """A call's tensors. shape: B, Hq, Hkv, Sq, Sk, D, Dv; band: shift, left, right."""
 
-    def __init__(self, shape, dtype=torch.bfloat16, band=(0, -1, -1), permuted=False, scale=None):
+    def __init__(
+        self, shape, dtype=torch.bfloat16, band=(0, -1, -1), permuted=False, scale=None, softcap=0.0
+    ):
         self.b, self.hq, self.hkv, self.sq, self.sk, self.d, self.dv = shape
         self.dtype, self.band = dtype, band
-        self.scale = scale or self.d**-0.5
+        self.scale, self.softcap = scale or self.d**-0.5, softcap
         generator = torch.Generator().manual_seed(7)
 
         def random(heads, rows, columns):
@@ -124,7 +126,8 @@ class Case:
             storage=DTYPES[self.dtype], b=self.b, heads=self.hq, kv_heads=self.hkv,
             queries=self.sq, keys=self.sk, dim=self.d, value_dim=self.dv,
             query=operand(self.query), key=operand(self.key), value=operand(self.value),
-            scale=self.scale, shift=self.band[0], left=self.band[1], right=self.band[2],
+            scale=self.scale, softcap=self.softcap, shift=self.band[0], left=self.band[1],
+            right=self.band[2],
         )  # fmt: skip
 
     def visible(self):
@@ -141,7 +144,7 @@ class Case:
         leaves = [t.to(dtype).requires_grad_() for t in (self.query, self.key, self.value)]
         out, lse = reference.scaled_dot_product_attention(
             *leaves, attn_mask=self.visible(), scale=self.scale, enable_gqa=self.hq != self.hkv,
-            return_lse=True,
+            softcap=self.softcap or None, return_lse=True,
         )  # fmt: skip
         gradients = torch.autograd.grad(
             [out, lse], leaves, [self.grad_out.to(dtype), self.grad_lse.to(lse.dtype)]
@@ -242,6 +245,20 @@ def test_backward(kernels, shape, band):
         assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
 
 
+@pytest.mark.parametrize("shape", ["ragged", "wide"])
+def test_softcap(kernels, shape):
+    for band in ("full", "causal"):
+        sizes = BACKWARD_SHAPES[shape]
+        # Scores far beyond the cap, and far below it.
+        for scale, softcap in ((0.5, 3.0), (sizes[5] ** -0.5, 30.0)):
+            case = Case(sizes, band=BANDS[band](*sizes[3:5]), scale=scale, softcap=softcap)
+            exact, same = case.expected(torch.float64), case.expected(case.dtype)
+            if max(sizes[5:]) > 64:
+                for ours, torchs, oracle in zip(case.forward(kernels), same, exact, strict=False):
+                    assert_close_to_oracle(ours, torchs, oracle)
+            check_backward(kernels, case)
+
+
 def test_backward_where_rows_or_keys_have_nothing(kernels):
     for band in ((-80, -1, 0), (130, 30, 20)):
         case = Case((1, 2, 1, 150, 400, 64, 64), band=band)
@@ -323,7 +340,9 @@ def test_what_the_kernel_serves(kernels):
 
     assert serves() and serves(Case((1, 2, 1, 128, 64, 256, 8)))
     assert not serves(storage=DTYPES[torch.float32])
-    assert not serves(softcap=1.0) and not serves(scale=-1.0) and not serves(splits=2)
+    assert not serves(scale=-1.0) and not serves(splits=2)
+    for dim, wanted in ((64, False), (72, True)):
+        assert serves(Case((1, 2, 1, 128, 64, 64, dim)), softcap=1.0) == wanted
     for pointer in ("slopes", "sinks", "seed", "query_starts"):
         assert not serves(**{pointer: 64})
     assert not serves(mask=Mask(data=64))

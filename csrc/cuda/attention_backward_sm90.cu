@@ -1,11 +1,12 @@
 // Attention's backward on Hopper, of half types and head dims to 128: with P = exp(S - lse) and
-//   dS = P (dO V^T - delta):  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
+//   dS = P (dO V^T - delta):  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO;
+//   where S is capped, dS takes the cap's derivative too.
 // Dao, "FlashAttention-2" (2023), algorithm 2; Shah et al., "FlashAttention-3" (2024).
 // Work: one kernel has 128 queries a block and streams keys and values for dQ; one has 128 keys a
 //   block and streams queries and dO, of all the heads that share the keys, for dK and dV. So S and
 //   dP are made twice, 7 products in place of 5; but no sum leaves its block, none depends on an
-//   order of blocks, and P and dS go from registers into the next product. Two warp groups, one in
-//   its exponentials while the other multiplies, have 64 rows each; a third copies.
+//   order of blocks, and P and dS go from registers into the next product. Two warp groups have 64
+//   rows each; a third copies.
 // Memory: a block's own rows and a ring of streamed tiles; gradients leave through the own rows.
 // Numerics: float sums; P and dS rounded for their products. NaN as in the forward.
 // Limits: attention_backward_sm90_serves. Not measured on a GPU yet.
@@ -48,7 +49,6 @@ __device__ __forceinline__ void sum_for_queries(const BackwardMaps& p,
                                                 const BackwardMemory<Cut>& memory, int group) {
   constexpr int kKeys = Cut::kStreamed, kD = Cut::kD;
   const int thread = threadIdx.x % kGroupThreads;
-  const float scale = p.scale * kLog2E;
   Ring<Cut::kStages> ring;
   int turn = 0;
   float s[kKeys / 2], dp[kKeys / 2], dq[kD / 2];
@@ -77,8 +77,11 @@ __device__ __forceinline__ void sum_for_queries(const BackwardMaps& p,
       pin(s);
       if (step > 0) memory.release(former);
       former = ring.slot;
+      p.scores.to_cap<T>(s);
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) s[i] = exp2_approx(s[i] * scale - lse[row_of(i)]);
+      for (int i = 0; i < kKeys / 2; ++i) {
+        s[i] = exp2_approx(s[i] * p.scores.exponent - lse[row_of(i)]);
+      }
       pin(s);
       ring.next();
       // Before the wait for dP, so that the compiler leaves the exponentials there too.
@@ -87,6 +90,10 @@ __device__ __forceinline__ void sum_for_queries(const BackwardMaps& p,
       pin(dp);
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) dp[i] = s[i] * (dp[i] - delta[row_of(i)]);
+      if (p.scores.cap > 0.f) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) dp[i] *= p.scores.slope(s[i], lse[row_of(i)]);
+      }
       hide_keys(0.f, p.band, row, (keys.first + step) * kKeys, dp);
       pack<T>(ds, dp);
     };
@@ -114,16 +121,31 @@ __device__ __forceinline__ void sum_for_queries(const BackwardMaps& p,
   });
 }
 
-// dK and dV, a warp group: everything is transposed, keys by queries.
-template <typename T, typename Cut>
+// S, keys by queries, to P; `rows` begin at the thread's first column.
+template <int kCount>
+__device__ __forceinline__ void to_probabilities(float (&s)[kCount], const Scores& scores,
+                                                 const RowOf* rows) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    s[i] = exp2_approx(s[i] * scores.exponent - rows[column_of(i)].lse);
+  }
+}
+
+// Whether the kernel of dK and dV has registers for scores that are capped: with heads of 128
+// columns ptxas would spill 64 bytes of a thread's, and each gradient has a kernel of its own.
+template <int kD>
+constexpr bool kCapsBoth = kD == 64;
+
+// dK, and dV where it is not made alone, a warp group: everything is transposed, keys by queries.
+template <typename T, bool kWithValue, typename Cut>
 __device__ __forceinline__ void sum_for_keys(const BackwardMaps& p,
                                              const BackwardMemory<Cut>& memory, int group) {
   constexpr int kQueries = Cut::kStreamed, kD = Cut::kD;
+  constexpr bool kCapped = !kWithValue || kCapsBoth<kD>;
   const int thread = threadIdx.x % kGroupThreads;
-  const float scale = p.scale * kLog2E;
   Ring<Cut::kStages> ring;
   int turn = 0;
-  float s[kQueries / 2], dp[kQueries / 2], dk[kD / 2], dv[kD / 2];
+  float s[kQueries / 2], dp[kQueries / 2], dk[kD / 2], dv[kWithValue ? kD / 2 : 1];
   uint32_t weights[kQueries / 16][4], ds[kQueries / 16][4];
 
   p.schedule.each([&](const Schedule::Tile& tile) {
@@ -131,7 +153,10 @@ __device__ __forceinline__ void sum_for_keys(const BackwardMaps& p,
     const Span queries = span_of<Cut>(p, tile.row);
     int j = 0;  // which of them; the group's heads follow each other
 #pragma unroll
-    for (int i = 0; i < kD / 2; ++i) dk[i] = dv[i] = 0.f;
+    for (int i = 0; i < kD / 2; ++i) {
+      dk[i] = 0.f;
+      if constexpr (kWithValue) dv[i] = 0.f;
+    }
     mbarrier_wait(memory.own_full(group), turn % 2);
 
     const int steps = p.group * queries.count;
@@ -145,10 +170,8 @@ __device__ __forceinline__ void sum_for_keys(const BackwardMaps& p,
       const int query = (queries.first + j) * kQueries;
       if (++j == queries.count) j = 0;
       const RowOf* const rows = memory.rows(stage) + fragment_column(thread, 0);
-#pragma unroll
-      for (int i = 0; i < kQueries / 2; ++i) {
-        s[i] = exp2_approx(s[i] * scale - rows[column_of(i)].lse);
-      }
+      if constexpr (kCapped) p.scores.to_cap<T>(s);
+      to_probabilities(s, p.scores, rows);
       pin(s);
       ring.next();
       if (step + 1 < steps) mbarrier_wait(memory.full(ring.slot), ring.parity());
@@ -158,20 +181,106 @@ __device__ __forceinline__ void sum_for_keys(const BackwardMaps& p,
       for (int i = 0; i < kQueries / 2; ++i) {
         dp[i] = s[i] * (dp[i] - rows[column_of(i)].delta);
       }
+      if constexpr (kCapped) {
+        if (p.scores.cap > 0.f) {
+#pragma unroll
+          for (int i = 0; i < kQueries / 2; ++i) {
+            dp[i] *= p.scores.slope(s[i], rows[column_of(i)].lse);
+          }
+        }
+      }
       hide_queries(0.f, p.band, row, query, s, dp);
-      pack<T>(weights, s);
+      if constexpr (kWithValue) pack<T>(weights, s);
       pack<T>(ds, dp);
       wgmma_fence();
-      multiply_across<T>(dv, weights, memory.streamed(1, stage), Cut::kStreamedBox);
+      if constexpr (kWithValue) {
+        multiply_across<T>(dv, weights, memory.streamed(1, stage), Cut::kStreamedBox);
+      }
       multiply_across<T>(dk, ds, memory.streamed(0, stage), Cut::kStreamedBox);
       wgmma_commit();
       wgmma_wait<0>();
       pin(dk);
-      pin(dv);
+      if constexpr (kWithValue) pin(dv);
       memory.release(stage);
     }
     put_back<T>(dk, p, memory, 0, tile, row, turn);
     store_gradient<T>(dk, p.scale, p, memory, 0, group, tile);
+    if constexpr (kWithValue) {
+      put_back<T>(dv, p, memory, 1, tile, row, turn);
+      store_gradient<T>(dv, 1.f, p, memory, 1, group, tile);
+    }
+    memory.release_own(group);
+    ++turn;
+  });
+}
+
+// dV alone, a warp group: S of the next queries and dV += P^T dO are under way together.
+template <typename T, typename Cut>
+__device__ __forceinline__ void sum_for_values(const BackwardMaps& p,
+                                               const BackwardMemory<Cut>& memory, int group) {
+  constexpr int kQueries = Cut::kStreamed, kD = Cut::kD;
+  const int thread = threadIdx.x % kGroupThreads;
+  Ring<Cut::kStages> ring;
+  int turn = 0;
+  float s[kQueries / 2], dv[kD / 2];
+  uint32_t weights[kQueries / 16][4];
+
+  p.schedule.each([&](const Schedule::Tile& tile) {
+    const int row = tile.row + group * kRows;
+    const Span queries = span_of<Cut>(p, tile.row);
+    int j = 0;  // which of them; the group's heads follow each other
+    const auto start_scores = [&](int stage) {
+      wgmma_fence();
+      multiply_along<T, kD>(s, memory.own(0, group), kBox, memory.streamed(0, stage),
+                            Cut::kStreamedBox);
+      wgmma_commit();
+    };
+    const auto start_values = [&](int stage) {
+      wgmma_fence();
+      multiply_across<T>(dv, weights, memory.streamed(1, stage), Cut::kStreamedBox);
+      wgmma_commit();
+    };
+    const auto finish_scores = [&](int stage) {
+      p.scores.to_cap<T>(s);
+      to_probabilities(s, p.scores, memory.rows(stage) + fragment_column(thread, 0));
+      hide_queries(0.f, p.band, row, (queries.first + j) * kQueries, s);
+      if (++j == queries.count) j = 0;
+    };
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) dv[i] = 0.f;
+    mbarrier_wait(memory.own_full(group), turn % 2);
+
+    int former = ring.slot;
+    mbarrier_wait(memory.full(former), ring.parity());
+    start_scores(former);
+    wgmma_wait<0>();
+    pin(s);
+    finish_scores(former);
+    pack<T>(weights, s);
+    ring.next();
+    const int steps = p.group * queries.count;
+    for (int step = 1; step < steps; ++step, ring.next()) {
+      const int stage = ring.slot;
+      mbarrier_wait(memory.full(stage), ring.parity());
+      start_scores(stage);
+      start_values(former);
+      wgmma_wait<1>();
+      pin(s);
+      finish_scores(stage);
+      // Two hurdles for the compiler, or it has the exponentials wait for the product; this one is
+      // over already.
+      pin(s);
+      mbarrier_wait(memory.full(stage), ring.parity());
+      wgmma_wait<0>();
+      pin(dv);
+      memory.release(former);
+      former = stage;
+      pack<T>(weights, s);
+    }
+    start_values(former);
+    wgmma_wait<0>();
+    pin(dv);
+    memory.release(former);
     put_back<T>(dv, p, memory, 1, tile, row, turn);
     store_gradient<T>(dv, 1.f, p, memory, 1, group, tile);
     memory.release_own(group);
@@ -179,9 +288,13 @@ __device__ __forceinline__ void sum_for_keys(const BackwardMaps& p,
   });
 }
 
-template <typename T, int kD, bool kStreamQueries>
+// What a kernel makes.
+enum class Sums { kQuery, kKeyAndValue, kKey, kValue };
+
+template <typename T, int kD, Sums kSums>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     attention_backward_sm90_kernel(const __grid_constant__ BackwardMaps p) {
+  constexpr bool kStreamQueries = kSums != Sums::kQuery;
   if constexpr (kHasWgmma) {
     using C = BackwardCut<kD, kStreamQueries>;
     const BackwardMemory<C> memory{dynamic_shared()};
@@ -195,17 +308,17 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       if (threadIdx.x >= kGroupThreads - C::kCleaning) clean_tiles<T>(p, memory);
     } else {
       take_registers<kBackwardRegisters>();
-      if constexpr (kStreamQueries) {
-        sum_for_keys<T>(p, memory, group - 1);
-      } else {
-        sum_for_queries<T>(p, memory, group - 1);
-      }
+      if constexpr (kSums == Sums::kQuery) sum_for_queries<T>(p, memory, group - 1);
+      if constexpr (kSums == Sums::kKeyAndValue) sum_for_keys<T, true>(p, memory, group - 1);
+      if constexpr (kSums == Sums::kKey) sum_for_keys<T, false>(p, memory, group - 1);
+      if constexpr (kSums == Sums::kValue) sum_for_values<T>(p, memory, group - 1);
     }
   }
 }
 
-template <typename T, int kD, bool kStreamQueries>
+template <typename T, int kD, Sums kSums>
 cudaError_t launch(const AttentionBackward& p, int multiprocessors, cudaStream_t stream) {
+  constexpr bool kStreamQueries = kSums != Sums::kQuery;
   using C = BackwardCut<kD, kStreamQueries>;
   BackwardMaps maps = {};
   maps.band = make_band(p);
@@ -214,6 +327,7 @@ cudaError_t launch(const AttentionBackward& p, int multiprocessors, cudaStream_t
       kStreamQueries
           ? make_schedule(p, p.kv_heads, p.keys, kBackwardRows, p.right < 0, multiprocessors)
           : make_schedule(p, p.heads, p.queries, kBackwardRows, p.right >= 0, multiprocessors);
+  maps.scores = make_scores(p);
   maps.lse = p.rows;
   maps.delta = p.rows + p.batch * p.heads * p.queries;
   maps.scale = p.scale;
@@ -251,23 +365,31 @@ cudaError_t launch(const AttentionBackward& p, int multiprocessors, cudaStream_t
                      p.heads, 0, p.queries, p.dim, kRows, &maps.grad[0]);
   }
   if (error != cudaSuccess) return error;
-  return launch_blocks(attention_backward_sm90_kernel<T, kD, kStreamQueries>, maps, maps.schedule,
+  return launch_blocks(attention_backward_sm90_kernel<T, kD, kSums>, maps, maps.schedule,
                        kBackwardThreads, C::kShared, stream);
 }
 
 template <typename T, int kD>
-cudaError_t launch_both(const AttentionBackward& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_all(const AttentionBackward& p, int multiprocessors, cudaStream_t stream) {
   if (p.grad_query != nullptr) {
-    const cudaError_t error = launch<T, kD, false>(p, multiprocessors, stream);
+    const cudaError_t error = launch<T, kD, Sums::kQuery>(p, multiprocessors, stream);
     if (error != cudaSuccess) return error;
   }
-  return p.grad_key == nullptr ? cudaSuccess : launch<T, kD, true>(p, multiprocessors, stream);
+  if (p.grad_key == nullptr) return cudaSuccess;
+  if constexpr (!kCapsBoth<kD>) {
+    if (p.softcap > 0.f) {
+      const cudaError_t error = launch<T, kD, Sums::kKey>(p, multiprocessors, stream);
+      if (error != cudaSuccess) return error;
+      return launch<T, kD, Sums::kValue>(p, multiprocessors, stream);
+    }
+  }
+  return launch<T, kD, Sums::kKeyAndValue>(p, multiprocessors, stream);
 }
 
 template <typename T>
 cudaError_t launch_dim(const AttentionBackward& p, int multiprocessors, cudaStream_t stream) {
-  return std::max(p.dim, p.value_dim) <= 64 ? launch_both<T, 64>(p, multiprocessors, stream)
-                                            : launch_both<T, 128>(p, multiprocessors, stream);
+  return std::max(p.dim, p.value_dim) <= 64 ? launch_all<T, 64>(p, multiprocessors, stream)
+                                            : launch_all<T, 128>(p, multiprocessors, stream);
 }
 
 }  // namespace attention_sm90

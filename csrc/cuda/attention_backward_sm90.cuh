@@ -41,6 +41,7 @@ struct BackwardMaps {
   TensorMap grad[2];              // of query, or of key and value
   Schedule schedule;
   Band band;
+  Scores scores;
   AttentionOperand sources[2];  // what is streamed, and its columns
   int columns[2];
   const float *lse, *delta;  // lse of base 2

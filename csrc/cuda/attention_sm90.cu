@@ -23,6 +23,7 @@ struct Cut {
   static constexpr int kGroups = kD == 64 ? 3 : 2;
   static constexpr int kKeys = kD == 256 ? 80 : 128;
   static constexpr int kStages = 2;
+  static constexpr bool kCaps = kD > 64;         // three groups have no registers left for it
   static constexpr bool kTurns = kD <= 128;      // of its few keys a wide head's groups need none
   static constexpr bool kOutInQuery = kD > 128;  // there is no memory left
   static constexpr int kThreads = kGroupThreads * (1 + kGroups);
@@ -42,10 +43,10 @@ struct ForwardMaps {
   TensorMap query, key, value, out;
   Schedule schedule;
   Band band;
+  Scores scores;
   AttentionOperand values;
   int value_dim;
   float* lse;
-  float scale;
   int first_key;  // where the maps of keys and values begin
   int group;      // query heads of a key head
 };
@@ -241,9 +242,10 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
   p.schedule.each([&](const Schedule::Tile& tile) {
     const int row = tile.row + group * kRows;
     const Span span = keys_of<kD>(p, tile.row);
-    Softmax softmax{p.scale * kLog2E};
+    Softmax softmax{p.scores.exponent};
     float factor[2];
-    const auto hide_unseen = [&](int j) {
+    const auto finish_scores = [&](int j) {
+      if constexpr (C::kCaps) p.scores.to_cap<T>(s);
       hide_keys(-INFINITY, p.band, row, (span.first + j) * C::kKeys, s);
     };
 #pragma unroll
@@ -261,7 +263,7 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
     pin(s);
     arrive(memory.key_empty(keys.slot));
     keys.next();
-    hide_unseen(span.count - 1);
+    finish_scores(span.count - 1);
     softmax.step(s, factor);
     pack<T>(weights, s);
 
@@ -281,7 +283,7 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
       pin(s);
       arrive(memory.key_empty(keys.slot));
       keys.next();
-      hide_unseen(j);
+      finish_scores(j);
       softmax.step(s, factor);
       // Two hurdles for the compiler, or it has the exponentials wait for the product.
       pin(s);
@@ -320,7 +322,7 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
       inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
       if (thread % 4 == 0 && query < p.band.queries) {
         const int64_t head = static_cast<int64_t>(tile.batch) * p.schedule.heads + tile.head;
-        p.lse[head * p.band.queries + query] = softmax.max[r] * p.scale + logf(sum);
+        p.lse[head * p.band.queries + query] = softmax.max[r] * p.scores.unit + logf(sum);
       }
     }
 #pragma unroll
@@ -360,12 +362,12 @@ cudaError_t launch(const AttentionForward& p, int multiprocessors, cudaStream_t 
   using C = Cut<kD>;
   ForwardMaps maps = {};
   maps.band = make_band(p);
+  maps.scores = make_scores(p);
   maps.values = p.value;
   maps.value_dim = static_cast<int>(p.value_dim);
   maps.schedule =
       make_schedule(p, p.heads, p.queries, C::kGroups * kRows, p.right >= 0, multiprocessors);
   maps.lse = p.lse;
-  maps.scale = p.scale;
   maps.group = static_cast<int>(p.heads / p.kv_heads);
   const Seen seen(maps.band);
   maps.first_key = seen.first;
@@ -408,6 +410,7 @@ bool attention_sm90_built() {
 bool attention_forward_sm90_serves(const AttentionForward& p) {
   // A tile has 128 queries; for few, the keys are to be split among the blocks.
   return p.splits <= 1 && p.queries >= 64 && attention_sm90::serves(p, 256) &&
+         (p.softcap == 0.f || std::max(p.dim, p.value_dim) > 64) &&
          reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }
 

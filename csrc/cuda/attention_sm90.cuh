@@ -75,6 +75,32 @@ struct Band {
   }
 };
 
+// From a product q k^T to a score: cap tanh(inside q k^T) times `unit`, which is 1, or where there
+// is no cap the product times `unit`.
+struct Scores {
+  float unit, inside, cap;
+  float exponent;  // unit log2(e)
+  float per_cap;   // ln(2) / cap
+
+  // A branch costs the others nothing.
+  template <typename T, int kCount>
+  __device__ __forceinline__ void to_cap(float (&s)[kCount]) const {
+    if (cap == 0.f) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) s[i] = cap * Math<T>::tanh(s[i] * inside);
+  }
+  // The derivative, from a probability and its row's lse of base 2: the score is their logarithm.
+  __device__ __forceinline__ float slope(float probability, float lse) const {
+    const float tanh = (log2_approx(probability) + lse) * per_cap;
+    return probability == 0.f ? 0.f : 1.f - tanh * tanh;
+  }
+};
+
+inline Scores make_scores(const AttentionProblem& p) {
+  if (p.softcap == 0.f) return {p.scale, 0.f, 0.f, p.scale * kLog2E, 0.f};
+  return {1.f, p.scale / p.softcap, p.softcap, kLog2E, 1.f / (kLog2E * p.softcap)};
+}
+
 // Tiles of [begin, end), one at least: the first of them and how many.
 struct Span {
   int first, count;
@@ -166,13 +192,12 @@ inline AttentionOperand contiguous(const void* data, int64_t heads, int64_t rows
   return {data, heads * rows * columns, rows * columns, columns};
 }
 
-// What both directions ask of a problem: plain scores within a band, in rows of 16 bytes.
+// What both directions ask of a problem: scores within a band, capped or not, in rows of 16 bytes.
 inline bool serves(const AttentionProblem& p, int64_t most_dim) {
   constexpr int64_t kMost = int64_t{1} << 29;
   const bool half = p.storage == Storage::kFloat16 || p.storage == Storage::kBFloat16;
-  const bool plain = p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr &&
-                     p.slopes == nullptr && p.sinks == nullptr && p.seed == nullptr &&
-                     p.query_starts == nullptr;
+  const bool plain = p.scale > 0 && p.mask.data == nullptr && p.slopes == nullptr &&
+                     p.sinks == nullptr && p.seed == nullptr && p.query_starts == nullptr;
   const int64_t longer = std::max(p.queries, p.keys);
   const bool sizes = p.queries > 0 && p.keys > 0 && p.batch > 0 && p.heads > 0 && p.dim > 0 &&
                      p.value_dim > 0 && longer < kMost &&
