@@ -4,6 +4,7 @@ outside of the tensors; asynchronous copies are done as late as they may be.
 """
 
 import ctypes
+import functools
 import math
 
 import pytest
@@ -34,6 +35,13 @@ class Mask(ctypes.Structure):
     ]  # fmt: skip
 
 
+# Of packed sequences: test_cuda_varlen_attention_on_host.py.
+PACKING = [
+    ("query_starts", POINTER), ("key_starts", POINTER), ("query_rows", INT64), ("key_rows", INT64),
+    ("each_bottom_right", ctypes.c_bool),
+]  # fmt: skip
+
+
 class Problem(ctypes.Structure):
     _fields_ = [
         ("storage", ctypes.c_int),
@@ -43,7 +51,7 @@ class Problem(ctypes.Structure):
         ("scale", FLOAT), ("softcap", FLOAT),
         *((name, INT64) for name in ("shift", "left", "right")), ("mask", Mask),
         *((name, POINTER) for name in ("slopes", "sinks", "seed")),
-        ("threshold", ctypes.c_uint32), ("keep_scale", FLOAT),
+        ("threshold", ctypes.c_uint32), ("keep_scale", FLOAT), *PACKING,
     ]  # fmt: skip
 
 
@@ -61,14 +69,17 @@ class Backward(Problem):
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    library = host_library(
-        tmp_path_factory.mktemp("cuda_on_host"), "attention", "attention_backward", "attention_rows"
-    )
+@functools.cache
+def attention_library(folder):
+    library = host_library(folder, "attention", "attention_backward", "attention_rows")
     for name in ("splits", "split_scratch", "mask_parts"):
         getattr(library, name).restype = INT64
     return library
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return attention_library(tmp_path_factory.getbasetemp())
 
 
 def amid_nan(tensor):
@@ -256,6 +267,58 @@ def test_hidden_keys_reach_no_row_that_does_not_see_them(kernels, dtype, poison)
         assert torch.equal(got[:, :, :hidden], clean[:, :, :hidden])
         assert not torch.isfinite(got[:, :, max(hidden, 70) :, 3]).any()
         assert torch.isfinite(got[..., 4:]).all()
+
+
+def assert_spoiled(got, clean, where):
+    """Nothing is finite where it says, and the rest is what it was."""
+    where = where.expand(got.shape)
+    assert not torch.isfinite(got[where]).any() and torch.equal(got[~where], clean[~where])
+
+
+# Of the query, the key, the value or dO, the column that is spoiled: one row of it.
+POISON = {"query": 5, "key": 5, "value": 3, "grad_out": 3}
+
+
+def check_poisoned(what, at, seen, clean, got):
+    """out, lse, dQ, dK, dV, where POISON is in row `at`: it reaches what sees it."""
+    rows = seen[:, at] if what in ("value", "key") else torch.arange(len(seen)) == at
+    keys = seen[rows].any(0)  # what these rows see
+    assert rows.any() and not rows.all() and keys.any() and not keys.all()
+    rows, keys = rows[:, None], keys[:, None]
+    nothing = torch.zeros(1, dtype=torch.bool)
+    only = torch.arange(got[0].shape[-1]) == POISON[what]
+    wrong_scores = what in ("query", "key")
+    assert_spoiled(got[0], clean[0], rows & (only if what == "value" else nothing | wrong_scores))
+    assert_spoiled(got[1], clean[1], rows[:, 0] & wrong_scores)
+    assert_spoiled(got[2], clean[2], rows)
+    assert_spoiled(got[3], clean[3], keys)
+    column = {"value": nothing, "grad_out": only}.get(what, ~nothing)
+    assert_spoiled(got[4], clean[4], keys & column)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("what", POISON)
+def test_what_is_hidden_from_a_row_does_not_reach_it(kernels, what, dtype):
+    mask = torch.zeros(90, 120, dtype=torch.bool)
+    mask[30:80, 40:90] = True
+    mask[5, 7] = mask[:, 100:] = True
+    mask[45] = mask[:, 65] = False
+    mask[45, 60:70] = mask[40:50, 65] = True
+    band = (torch.arange(120) <= torch.arange(90)[:, None] + 9) & (
+        torch.arange(120) >= torch.arange(90)[:, None] - 20
+    )
+    for seen, options in ((mask, dict(mask=mask)), (band, dict(left=20, right=9))):
+        case = HostCase(kernels, 90, 120, dtype=dtype, grad_lse=False, **options)
+        wanted = [True, True, True, False, False]
+        results = case.forward()
+        clean = [*results, *case.backward(*results, wanted)[:3]]
+        at = 45 if what in ("query", "grad_out") else 65
+        tensor = getattr(case, what).clone()
+        tensor[:, :, at, POISON[what]] = math.nan
+        setattr(case, what, tensor)
+        results = case.forward()
+        got = [*results, *case.backward(*results, wanted)[:3]]
+        check_poisoned(what, at, seen, clean, got)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from conftest import assert_close_to_oracle, host_library
+from test_cuda_attention_on_host import PACKING, POISON, check_poisoned
 from test_cuda_on_host import CANARY, DTYPES, GUARD, guarded
 
 from fastnn import reference
@@ -44,6 +45,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shift", "left", "right")),
         ("mask", Mask), ("slopes", ctypes.c_void_p), ("sinks", ctypes.c_void_p),
         ("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float),
+        *PACKING,
     ]  # fmt: skip
 
 
@@ -98,10 +100,12 @@ def check_canary(tensor, buffer):
 class Case:
     """A call's tensors. shape: B, Hq, Hkv, Sq, Sk, D, Dv; band: shift, left, right."""
 
-    def __init__(self, shape, dtype=torch.bfloat16, band=(0, -1, -1), permuted=False, scale=None):
+    def __init__(
+        self, shape, dtype=torch.bfloat16, band=(0, -1, -1), permuted=False, scale=None, softcap=0.0
+    ):
         self.b, self.hq, self.hkv, self.sq, self.sk, self.d, self.dv = shape
         self.dtype, self.band = dtype, band
-        self.scale = scale or self.d**-0.5
+        self.scale, self.softcap = scale or self.d**-0.5, softcap
         generator = torch.Generator().manual_seed(7)
 
         def random(heads, rows, columns):
@@ -122,7 +126,8 @@ class Case:
             storage=DTYPES[self.dtype], b=self.b, heads=self.hq, kv_heads=self.hkv,
             queries=self.sq, keys=self.sk, dim=self.d, value_dim=self.dv,
             query=operand(self.query), key=operand(self.key), value=operand(self.value),
-            scale=self.scale, shift=self.band[0], left=self.band[1], right=self.band[2],
+            scale=self.scale, softcap=self.softcap, shift=self.band[0], left=self.band[1],
+            right=self.band[2],
         )  # fmt: skip
 
     def visible(self):
@@ -139,7 +144,7 @@ class Case:
         leaves = [t.to(dtype).requires_grad_() for t in (self.query, self.key, self.value)]
         out, lse = reference.scaled_dot_product_attention(
             *leaves, attn_mask=self.visible(), scale=self.scale, enable_gqa=self.hq != self.hkv,
-            return_lse=True,
+            softcap=self.softcap or None, return_lse=True,
         )  # fmt: skip
         gradients = torch.autograd.grad(
             [out, lse], leaves, [self.grad_out.to(dtype), self.grad_lse.to(lse.dtype)]
@@ -240,6 +245,20 @@ def test_backward(kernels, shape, band):
         assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
 
 
+@pytest.mark.parametrize("shape", ["ragged", "wide"])
+def test_softcap(kernels, shape):
+    for band in ("full", "causal"):
+        sizes = BACKWARD_SHAPES[shape]
+        # Scores far beyond the cap, and far below it.
+        for scale, softcap in ((0.5, 3.0), (sizes[5] ** -0.5, 30.0)):
+            case = Case(sizes, band=BANDS[band](*sizes[3:5]), scale=scale, softcap=softcap)
+            exact, same = case.expected(torch.float64), case.expected(case.dtype)
+            if max(sizes[5:]) > 64:
+                for ours, torchs, oracle in zip(case.forward(kernels), same, exact, strict=False):
+                    assert_close_to_oracle(ours, torchs, oracle)
+            check_backward(kernels, case)
+
+
 def test_backward_where_rows_or_keys_have_nothing(kernels):
     for band in ((-80, -1, 0), (130, 30, 20)):
         case = Case((1, 2, 1, 150, 400, 64, 64), band=band)
@@ -259,6 +278,31 @@ def test_keys_that_no_query_sees_do_not_reach_a_gradient(kernels):
         case.key[:, :, hidden] = math.nan
         case.value[:, :, hidden] = math.nan
     assert all(torch.equal(a, b) for a, b in zip(case.backward(kernels, rows), wanted, strict=True))
+
+
+# A row or a key in the middle is spoiled, which the band cuts from others of its tile.
+POISONED = {
+    "64": ((1, 2, 1, 197, 300, 64, 64), (0, -1, 0)),
+    "128": ((1, 2, 2, 150, 270, 128, 128), (30, 40, 9)),
+}
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("what", POISON)
+@pytest.mark.parametrize("shape", POISONED)
+def test_what_is_hidden_from_a_row_does_not_reach_it(kernels, shape, what, poison):
+    if what in ("key", "query") and poison == math.inf:
+        pytest.skip("scores of -inf are as hidden keys")
+    sizes, band = POISONED[shape]
+    dtype = HALVES[len(what) % 2]
+    case = Case(sizes, dtype, band)
+    clean = case.forward(kernels)
+    clean_gradients = case.backward(kernels, case.rows(*clean))
+    at = (case.sq if what in ("query", "grad_out") else case.sk) // 2
+    getattr(case, what)[:, :, at, POISON[what]] = poison
+    out, lse = case.forward(kernels)
+    got = [out, lse, *case.backward(kernels, case.rows(out, lse))]
+    check_poisoned(what, at, case.visible(), [*clean, *clean_gradients], got)
 
 
 def test_rows_that_see_no_key(kernels):
@@ -296,8 +340,10 @@ def test_what_the_kernel_serves(kernels):
 
     assert serves() and serves(Case((1, 2, 1, 128, 64, 256, 8)))
     assert not serves(storage=DTYPES[torch.float32])
-    assert not serves(softcap=1.0) and not serves(scale=-1.0) and not serves(splits=2)
-    for pointer in ("slopes", "sinks", "seed"):
+    assert not serves(scale=-1.0) and not serves(splits=2)
+    for dim, wanted in ((64, False), (72, True)):
+        assert serves(Case((1, 2, 1, 128, 64, 64, dim)), softcap=1.0) == wanted
+    for pointer in ("slopes", "sinks", "seed", "query_starts"):
         assert not serves(**{pointer: 64})
     assert not serves(mask=Mask(data=64))
     for dim in (60, 0):

@@ -17,7 +17,7 @@ using namespace attention;
 
 namespace {
 
-// kFull serves everything; without, nothing but the band and a positive scale.
+// kFull serves everything; without, nothing but the band and a positive scale, and nothing packed.
 template <typename T, int kDim, bool kFull>
 struct ForwardShape {
   static constexpr bool kHalf = sizeof(T) == 2;
@@ -47,7 +47,8 @@ int64_t rows_of(const AttentionProblem& p) {
 
 bool is_plain(const AttentionProblem& p) {
   return p.scale > 0.f && p.softcap == 0.f && p.slopes == nullptr && p.mask.data == nullptr &&
-         p.sinks == nullptr && p.seed == nullptr && rows_of(p) > kFewRows;
+         p.sinks == nullptr && p.seed == nullptr && p.query_starts == nullptr &&
+         rows_of(p) > kFewRows;
 }
 
 // The larger of a quad's values, and their sum.
@@ -79,15 +80,17 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
   T* const v_tile = k_tile + kCols * kDim;
   uint64_t* const nonfinite = reinterpret_cast<uint64_t*>(v_tile + kCols * kDim);
 
-  const Band band = make_band(p, false);
   int tile = static_cast<int>(blockIdx.x) % plan.tiles;
   const int split = static_cast<int>(blockIdx.x) / plan.tiles % plan.splits;
   const int plane = static_cast<int>(blockIdx.x) / plan.tiles / plan.splits;
-  if (band.right >= 0) tile = plan.tiles - 1 - tile;  // the longest first
+  if (p.right >= 0) tile = plan.tiles - 1 - tile;  // the longest first
   const int packed_heads = static_cast<int>(p.heads) / plan.pack;
   const int b = plane / packed_heads, h0 = plane % packed_heads * plan.pack;
   const int kv = h0 / static_cast<int>(p.heads / p.kv_heads);
-  const int rows = static_cast<int>(p.queries) * plan.pack, row0 = tile * kRows;
+  const Sequence sequence = sequence_of<kFull>(p, b);
+  const Band band = make_band<kFull>(p, sequence, false);
+  const int rows = sequence.queries * plan.pack, row0 = tile * kRows;
+  if (kFull && row0 >= rows) return;
   const int warp_row = threadIdx.x / 32 * 16 * kBlocks, g = threadIdx.x % 32 / 4;
 
   // The keys [begin, end) that the tile's rows see, and those that all of them see.
@@ -99,8 +102,8 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
 
   const auto load_keys = [&](T* to, const AttentionOperand& operand, int64_t dim, bool aligned,
                              int col0) {
-    const T* const base = row_of<T>(operand, b, kv, col0);
-    const int left = static_cast<int>(p.keys) - col0;
+    const T* const base = row_of<T>(operand, b, kv, sequence.first_key + col0);
+    const int left = sequence.keys - col0;
     In::template load<kCols, kThreads>(
         to, operand.data, static_cast<int>(dim), aligned,
         [&](int row) { return row < left ? base + row * operand.row : nullptr; });
@@ -110,7 +113,8 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
     In::template load<kRows, kThreads>(
         q_tile, p.query.data, static_cast<int>(p.dim), plan.query_aligned, [&](int row) {
           row += row0;
-          return row < rows ? row_of<T>(p.query, b, h0 + row % plan.pack, row / plan.pack)
+          return row < rows ? row_of<T>(p.query, b, h0 + row % plan.pack,
+                                        sequence.first_query + row / plan.pack)
                             : nullptr;
         });
     load_keys(k_tile, p.key, p.dim, plan.key_aligned, begin);
@@ -146,7 +150,9 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
 #pragma unroll
       for (int r = 0; r < kLines; ++r) {
         const int row = row0 + warp_row + 8 * r + g, query = row / plan.pack;
-        lines[r] = make_line(p, band, row < rows, query, b, h0 + row % plan.pack, query, 0);
+        const int h = h0 + row % plan.pack;
+        lines[r] = make_line(p, band, row < rows, query, b, h,
+                             first_row<kFull>(p, sequence, b * p.heads + h), query, 0);
       }
     }
     bool some_hidden = !whole;
@@ -199,10 +205,12 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
     l[r] = quad_sum(l[r]);
     if (row >= rows) continue;
     const int64_t h = h0 + row % plan.pack, query = row / plan.pack;
-    const int64_t at = (b * p.heads + h) * p.queries + query;
+    const int64_t at = first_row<kFull>(p, sequence, b * p.heads + h) + query;
     if (plan.splits == 1) {
-      store_line(static_cast<T*>(p.out) + at * p.value_dim, static_cast<int>(p.value_dim),
-                 row_factor(p, l[r]), o[r / 2], r % 2);
+      const Place place =
+          place_of<kFull>(p, b * p.heads + h, p.heads, p.queries, sequence.first_query);
+      store_line(static_cast<T*>(p.out) + (place.first + query * place.step) * p.value_dim,
+                 static_cast<int>(p.value_dim), row_factor(p, l[r]), o[r / 2], r % 2);
       if (threadIdx.x % 4 == 0) p.lse[at] = row_lse(m[r], l[r]);
     } else {
       float* const part = p.partial + (at * plan.splits + split) * (p.value_dim + 2);
@@ -219,7 +227,9 @@ __global__ void __launch_bounds__(128, 1) attention_forward_kernel(AttentionForw
 template <typename T>
 __global__ void __launch_bounds__(128) attention_merge_kernel(AttentionForward p) {
   const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
-  if (row >= p.batch * p.heads * p.queries) return;
+  if (row >= all_rows(p)) return;
+  const int64_t to =
+      p.query_starts == nullptr ? row : row % p.query_rows * p.heads + row / p.query_rows;
   const int64_t width = p.value_dim + 2;
   const float* const parts = p.partial + row * p.splits * width;
   float m = -INFINITY, l = 0.f;
@@ -236,7 +246,7 @@ __global__ void __launch_bounds__(128) attention_merge_kernel(AttentionForward p
       const float* const part = parts + s * width;
       sum += part[d] * exp2_approx(part[p.value_dim] - base);
     }
-    static_cast<T*>(p.out)[row * p.value_dim + d] = from_float<T>(sum * factor);
+    static_cast<T*>(p.out)[to * p.value_dim + d] = from_float<T>(sum * factor);
   }
   if (threadIdx.x % 32 == 0) p.lse[row] = row_lse(m, l);
 }
@@ -256,8 +266,7 @@ cudaError_t launch_forward(const AttentionForward& p, cudaStream_t stream) {
   const cudaError_t error = launch(attention_forward_kernel<T, kDim, kFull>, blocks,
                                    Shape::kThreads, Shape::kShared, stream, p, plan);
   if (error != cudaSuccess || p.splits == 1) return error;
-  return launch(attention_merge_kernel<T>, tiles_of(p.batch * p.heads * p.queries, 4), 128, 0,
-                stream, p);
+  return launch(attention_merge_kernel<T>, tiles_of(all_rows(p), 4), 128, 0, stream, p);
 }
 
 }  // namespace
@@ -273,7 +282,7 @@ int64_t attention_splits(const AttentionProblem& p, int multiprocessors) {
 }
 
 int64_t attention_split_scratch(const AttentionProblem& p, int64_t splits) {
-  return splits == 1 ? 0 : p.batch * p.heads * p.queries * splits * (p.value_dim + 2);
+  return splits == 1 ? 0 : all_rows(p) * splits * (p.value_dim + 2);
 }
 
 cudaError_t attention_forward_portable_cuda(const AttentionForward& p, cudaStream_t stream) {

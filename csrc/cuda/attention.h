@@ -45,6 +45,14 @@ struct AttentionProblem {
   const int64_t* seed;  // (key, offset), on the device; null without dropout
   uint32_t threshold;   // of DropoutRate
   float keep_scale;
+  // Packed sequences, or null. Then `batch` of them lie one behind the other in tensors [rows,
+  // heads, columns], whose batch stride is 0: sequence b is [starts[b], starts[b + 1]) of
+  // query_rows and of key_rows. queries and keys are the longest's, shift is that of bottom_right
+  // or 0. The results are packed too; lse, and the rows of the dropout mask, are [heads,
+  // query_rows].
+  const int32_t *query_starts, *key_starts;
+  int64_t query_rows, key_rows;
+  bool bottom_right;
 };
 
 struct AttentionForward : AttentionProblem {
@@ -60,7 +68,7 @@ struct AttentionBackward : AttentionProblem {
   AttentionOperand grad_out, out;
   const float* lse;       // [batch, heads, queries]
   const float* grad_lse;  // [batch, heads, queries], or null
-  // [2, batch, heads, queries], written by attention_rows_cuda: log2(e) lse, which is +inf for a
+  // [2] times what lse has, written by attention_rows_cuda: log2(e) lse, which is +inf for a
   // row that sees no key, and delta.
   float* rows;
   // Without gaps; null where not wanted.
@@ -72,7 +80,7 @@ struct AttentionBackward : AttentionProblem {
   float* grad_mask;
   float* mask_partial;
   int64_t mask_parts;
-  float* sink_rows;  // [batch, heads, queries]: scratch of grad_sinks
+  float* sink_rows;  // of the shape of lse: scratch of grad_sinks
 };
 
 // attention.cu, attention_backward.cu: every device from sm_80, any stride and alignment.
@@ -96,11 +104,11 @@ cudaError_t attention_mask_gradient_cuda(const AttentionBackward& problem, cudaS
 bool attention_sm90_built();
 // In words, for fastnn.info.
 constexpr char kAttentionPaths[] =
-    "Hopper (compute capability 9.0): bfloat16 and float16; head dimensions in steps of 8, to 256 "
-    "in"
-    " the forward and to 128 in the backward; rows of whole 16 bytes; from 64 queries, in the"
+    "Hopper (compute capability 9.0): bfloat16 and float16; head dimensions in steps of 8, to 256"
+    " in the forward and to 128 in the backward; rows of whole 16 bytes; from 64 queries, in the"
     " backward also 64 keys, and the gradients of key and value together; a positive scale, causal,"
-    " a window; no mask, softcap, ALiBi, sinks or dropout. Portable: everything else";
+    " a window, softcap (in the forward of more than 64 columns); no mask, ALiBi, sinks, dropout or"
+    " packed sequences. Portable: everything else";
 bool attention_forward_sm90_serves(const AttentionForward& problem);
 cudaError_t attention_forward_sm90_cuda(const AttentionForward& problem, int multiprocessors,
                                         cudaStream_t stream);

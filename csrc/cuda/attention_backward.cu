@@ -35,17 +35,22 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kKeys, kFull>::kThreads
   const AttentionOperand& rows2 = kKeys ? p.value : p.grad_out;
   const AttentionOperand& cols1 = kKeys ? p.query : p.key;
   const AttentionOperand& cols2 = kKeys ? p.grad_out : p.value;
-  const Band band = make_band(p, kKeys);
-  const int row_count = static_cast<int>(kKeys ? p.keys : p.queries);
+  const int longest = static_cast<int>(kKeys ? p.keys : p.queries);
   const int row_heads = static_cast<int>(kKeys ? p.kv_heads : p.heads);
   const int group = static_cast<int>(p.heads / p.kv_heads);
-  const int tiles = (row_count + kRows - 1) / kRows;
+  const int tiles = (longest + kRows - 1) / kRows;
   int tile = static_cast<int>(blockIdx.x) % tiles;
   const int part = static_cast<int>(blockIdx.x) / tiles % Shape::kParts;
   const int plane = static_cast<int>(blockIdx.x) / tiles / Shape::kParts;
   if (Shape::kParts == 2 && (part == 0 ? p.grad_key : p.grad_value) == nullptr) return;
-  if (band.right >= 0) tile = tiles - 1 - tile;  // the longest first
+  if ((kKeys ? p.left : p.right) >= 0) tile = tiles - 1 - tile;  // the longest first
   const int b = plane / row_heads, row_head = plane % row_heads, row0 = tile * kRows;
+  const Sequence sequence = sequence_of<kFull>(p, b);
+  const Band band = make_band<kFull>(p, sequence, kKeys);
+  const int row_count = kKeys ? sequence.keys : sequence.queries;
+  if (kFull && row0 >= row_count) return;
+  const int64_t first_of_rows = kKeys ? sequence.first_key : sequence.first_query;
+  const int64_t first_of_cols = kKeys ? sequence.first_query : sequence.first_key;
   const int warp_row = threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4;
 
   // The columns [begin, end) that the tile's rows see, and those that all of them see.
@@ -60,7 +65,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kKeys, kFull>::kThreads
 
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const auto load_rows = [&](T* to, const AttentionOperand& operand, int width, bool is_aligned) {
-    const T* const base = row_of<T>(operand, b, row_head, row0);
+    const T* const base = row_of<T>(operand, b, row_head, first_of_rows + row0);
     const int left = row_count - row0;
     In::template load<kRows, kThreads>(to, operand.data, width, is_aligned, [&](int row) {
       return row < left ? base + row * operand.row : nullptr;
@@ -72,7 +77,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kKeys, kFull>::kThreads
     if (step < steps) {
       const int col0 = begin + step % col_tiles * kCols, left = band.size - col0;
       const int head = kKeys ? query_head(step) : row_head / group;
-      const T* const base = row_of<T>(operand, b, head, col0);
+      const T* const base = row_of<T>(operand, b, head, first_of_cols + col0);
       In::template load<kCols, kThreads>(to, operand.data, width, is_aligned, [&](int row) {
         return row < left ? base + row * operand.row : nullptr;
       });
@@ -82,8 +87,9 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kKeys, kFull>::kThreads
   const auto load_first = [&](int step) {
     if (kKeys && step < steps) {
       for (int n = threadIdx.x; n < 2 * kCols; n += kThreads) {
-        col_stats[n] = row_stat(p, n / kCols, b * p.heads + query_head(step),
-                                begin + step % col_tiles * kCols + n % kCols);
+        col_stats[n] = row_stat<kFull>(
+            p, n / kCols, first_row<kFull>(p, sequence, b * p.heads + query_head(step)),
+            sequence.queries, begin + step % col_tiles * kCols + n % kCols);
       }
     }
     load_cols(y1, cols1, dim, kKeys ? aligned.query : aligned.key, step);
@@ -102,7 +108,9 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kKeys, kFull>::kThreads
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const int row = row0 + warp_row + 8 * (n % 2) + g;
-    stats[n / 2][n % 2] = kKeys ? 0.f : row_stat(p, n / 2, plane, row);
+    stats[n / 2][n % 2] = kKeys ? 0.f
+                                : row_stat<kFull>(p, n / 2, first_row<kFull>(p, sequence, plane),
+                                                  sequence.queries, row);
   }
   const int64_t mask_stride = kKeys ? p.mask.row : p.mask.col;
   // The gradients of the rows' operands; with two parts, of one of them.
@@ -115,7 +123,9 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kKeys, kFull>::kThreads
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = row0 + warp_row + 8 * r + g;
-      lines[r] = make_line(p, band, row < row_count, row, b, h, kKeys ? 0 : row, kKeys ? row : 0);
+      lines[r] = make_line(p, band, row < row_count, row, b, h,
+                           first_row<kFull>(p, sequence, b * p.heads + h), kKeys ? 0 : row,
+                           kKeys ? row : 0);
     }
     cp_async_wait<1>();
     __syncthreads();
@@ -131,8 +141,8 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kKeys, kFull>::kThreads
         p, lines, col0, mask_stride, whole, false,
         [&](uint32_t (&keep)[1]) {
           if constexpr (kKeys) {
-            const int64_t query0 = (b * p.heads + h) * p.queries + col0;
-            draw_along_rows<1, kCols / 8>(p, row0 + warp_row, query0, keep);
+            const int64_t first = first_row<kFull>(p, sequence, b * p.heads + h);
+            draw_along_rows<1, kCols / 8>(p, row0 + warp_row, first + col0, keep);
           } else {
             draw_along_columns<1, kCols / 8>(p, lines, col0, keep);
           }
@@ -161,12 +171,13 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kKeys, kFull>::kThreads
 
   const auto store = [&](void* to, int width, float factor, const auto& grad) {
     if (to == nullptr) return;
+    const Place place = place_of<kFull>(p, plane, row_heads, longest, first_of_rows);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = row0 + warp_row + 8 * r + g;
       if (row >= row_count) continue;
-      const int64_t at = int64_t{plane} * row_count + row;
-      store_line(static_cast<T*>(to) + at * width, width, factor, grad[0], r);
+      store_line(static_cast<T*>(to) + (place.first + row * place.step) * width, width, factor,
+                 grad[0], r);
     }
   };
   const float keep_scale = p.seed != nullptr ? p.keep_scale : 1.f;
@@ -192,7 +203,7 @@ cudaError_t launch_backward(const AttentionBackward& p, cudaStream_t stream) {
 
 bool is_plain(const AttentionProblem& p) {
   return p.scale > 0.f && p.softcap == 0.f && p.slopes == nullptr && p.mask.data == nullptr &&
-         p.seed == nullptr;
+         p.seed == nullptr && p.query_starts == nullptr;
 }
 
 }  // namespace

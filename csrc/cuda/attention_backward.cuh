@@ -8,7 +8,7 @@ namespace fastnn {
 namespace attention {
 
 // kKeys: rows are keys. kFull serves everything; without, nothing but the band and a positive
-// scale.
+// scale, and nothing packed.
 template <typename T, int kDim, bool kKeys, bool kFull>
 struct BackwardShape {
   static constexpr bool kHalf = sizeof(T) == 2;
@@ -65,11 +65,13 @@ __device__ __forceinline__ void finish_tile(const AttentionBackward& p, const Li
   });
 }
 
-// A row's (or column's) lse and delta; one that is none has P = 0.
-__device__ __forceinline__ float row_stat(const AttentionBackward& p, int which, int64_t plane,
-                                          int query) {
-  if (query >= p.queries) return which == 0 ? INFINITY : 0.f;
-  return p.rows[(which * p.batch * p.heads + plane) * p.queries + query];
+// A row's (or column's) lse and delta, of a head whose rows begin at `first`; one that is none has
+// P = 0.
+template <bool kPacked>
+__device__ __forceinline__ float row_stat(const AttentionBackward& p, int which, int64_t first,
+                                          int queries, int query) {
+  if (query >= queries) return which == 0 ? INFINITY : 0.f;
+  return p.rows[which * all_rows<kPacked>(p) + first + query];
 }
 
 }  // namespace attention

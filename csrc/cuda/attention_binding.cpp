@@ -45,12 +45,47 @@ struct Options {
   int64_t window_left, window_right;
 };
 
+// Sequences packed one behind the other.
+struct Packing {
+  const Tensor &query_starts, &key_starts;
+  int64_t longest_query, longest_key;
+};
+
+// A (B, H, S, D) tensor, of packed sequences as one batch.
+Tensor by_head(const Tensor& tensor, const Packing* packing) {
+  return packing == nullptr ? tensor : tensor.transpose(0, 1).unsqueeze(0);
+}
+
+void check_dims(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                const Packing* packing) {
+  FASTNN_CHECK(query.is_cuda(), op, "query", "on a CUDA device", query.device());
+  if (packing == nullptr) {
+    FASTNN_CHECK(query.dim() == 4, op, "query", "of shape (B, H, Sq, D)", query.sizes());
+    FASTNN_CHECK(key.dim() == 4, op, "key", "of shape (B, Hkv, Sk, D)", key.sizes());
+    FASTNN_CHECK(value.dim() == 4, op, "value", "of shape (B, Hkv, Sk, Dv)", value.sizes());
+    return;
+  }
+  FASTNN_CHECK(query.dim() == 3, op, "query", "of shape (Tq, H, D)", query.sizes());
+  FASTNN_CHECK(key.dim() == 3, op, "key", "of shape (Tk, Hkv, D)", key.sizes());
+  FASTNN_CHECK(value.dim() == 3, op, "value", "of shape (Tk, Hkv, Dv)", value.sizes());
+  for (const auto& [starts, name] : {std::pair(&packing->query_starts, "cu_seqlens_q"),
+                                     std::pair(&packing->key_starts, "cu_seqlens_k")}) {
+    FASTNN_CHECK(starts->dim() == 1 && starts->numel() > 0, op, name, "of shape (N + 1,)",
+                 starts->sizes());
+    check_dtype(*starts, at::kInt, op, name);
+    check_device(*starts, query, op, name);
+  }
+  FASTNN_CHECK(packing->key_starts.numel() == packing->query_starts.numel(), op, "cu_seqlens_k",
+               "as long as cu_seqlens_q", packing->key_starts.numel());
+  for (const auto& [longest, name] : {std::pair(packing->longest_query, "max_seqlen_q"),
+                                      std::pair(packing->longest_key, "max_seqlen_k")}) {
+    FASTNN_CHECK(longest >= 0 && longest < kMaxLength / 2, op, name, "from 0 to 2^28 - 1", longest);
+  }
+}
+
+// Of by_head's tensors.
 void check_arguments(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                      const Options& options) {
-  FASTNN_CHECK(query.is_cuda(), op, "query", "on a CUDA device", query.device());
-  FASTNN_CHECK(query.dim() == 4, op, "query", "of shape (B, H, Sq, D)", query.sizes());
-  FASTNN_CHECK(key.dim() == 4, op, "key", "of shape (B, Hkv, Sk, D)", key.sizes());
-  FASTNN_CHECK(value.dim() == 4, op, "value", "of shape (B, Hkv, Sk, Dv)", value.sizes());
   check_float(query, false, op, "query");
   for (const auto& [tensor, name] : {std::pair(&key, "key"), std::pair(&value, "value")}) {
     check_dtype(*tensor, query.scalar_type(), op, name);
@@ -88,7 +123,7 @@ void check_arguments(const char* op, const Tensor& query, const Tensor& key, con
 
 // The problem in the launchers' form; it keeps the tensors alive that it makes.
 struct Arguments {
-  Tensor query, key, value, slopes, sinks, seed;
+  Tensor query, key, value, slopes, sinks, seed, query_starts, key_starts;
 
   // Contiguous columns.
   static Tensor with_unit_columns(const Tensor& tensor) {
@@ -96,11 +131,13 @@ struct Arguments {
   }
 
   static AttentionOperand operand(const Tensor& tensor) {
-    return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+    const int64_t batch = tensor.size(0) == 1 ? 0 : tensor.stride(0);
+    return {tensor.const_data_ptr(), batch, tensor.stride(1), tensor.stride(2)};
   }
 
+  // Of by_head's tensors.
   Arguments(AttentionProblem& p, const Tensor& query_, const Tensor& key_, const Tensor& value_,
-            const Options& o)
+            const Options& o, const Packing* packing)
       : query(with_unit_columns(query_)),
         key(with_unit_columns(key_)),
         value(with_unit_columns(value_)) {
@@ -120,9 +157,20 @@ struct Arguments {
     p.shift = o.bottom_right ? p.keys - p.queries : 0;
     p.left = o.window_left;
     p.right = o.window_right;
+    if (packing != nullptr) {
+      query_starts = packing->query_starts.contiguous();
+      key_starts = packing->key_starts.contiguous();
+      p.query_starts = query_starts.const_data_ptr<int32_t>();
+      p.key_starts = key_starts.const_data_ptr<int32_t>();
+      p.query_rows = std::exchange(p.queries, packing->longest_query);
+      p.key_rows = std::exchange(p.keys, packing->longest_key);
+      p.batch = query_starts.numel() - 1;
+      p.bottom_right = o.bottom_right;
+      p.shift = 0;
+    }
     if (o.mask.has_value()) p.mask = mask_of(*o.mask);
-    p.slopes = per_head(o.slopes, slopes);
-    p.sinks = per_head(o.sinks, sinks);
+    p.slopes = per_head(p, o.slopes, slopes);
+    p.sinks = per_head(p, o.sinks, sinks);
     if (o.dropout_p > 0) {
       check_device(*o.seed, query, "attention", "seed");
       seed = o.seed->contiguous();
@@ -147,30 +195,45 @@ struct Arguments {
   }
 
   // (batch, heads) floats, or null.
-  const float* per_head(const optional<Tensor>& values, Tensor& kept) const {
+  const float* per_head(const AttentionProblem& p, const optional<Tensor>& values,
+                        Tensor& kept) const {
     if (!values.has_value()) return nullptr;
     check_device(*values, query, "attention", "alibi_slopes and sinks");
-    kept = values->to(at::kFloat).expand({query.size(0), query.size(1)}).contiguous();
+    kept = values->to(at::kFloat).expand({p.batch, p.heads}).contiguous();
     return kept.const_data_ptr<float>();
   }
 };
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
-                                             const Tensor& value, const optional<Tensor>& attn_mask,
-                                             const optional<Tensor>& alibi_slopes,
-                                             const optional<Tensor>& sinks,
-                                             const optional<Tensor>& seed, double dropout_p,
-                                             double scale, double softcap, bool bottom_right,
-                                             int64_t window_left, int64_t window_right) {
+// The query's sizes but the last.
+at::DimVector rows_of(const Tensor& query) {
+  return at::DimVector(query.sizes().begin(), query.sizes().end() - 1);
+}
+
+// Of the result, and of lse.
+at::DimVector out_sizes(const Tensor& query, const Tensor& value) {
+  at::DimVector sizes = rows_of(query);
+  sizes.push_back(value.size(-1));
+  return sizes;
+}
+at::DimVector lse_sizes(const Tensor& query, const Packing* packing) {
+  at::DimVector sizes = rows_of(query);
+  if (packing != nullptr) std::swap(sizes[0], sizes[1]);
+  return sizes;
+}
+
+std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& query, const Tensor& key,
+                                   const Tensor& value, const Options& options,
+                                   const Packing* packing) {
   const at::AutoDispatchBelowADInplaceOrView no_grad;
-  const Options options{attn_mask, alibi_slopes, sinks,        seed,        dropout_p,
-                        scale,     softcap,      bottom_right, window_left, window_right};
-  check_arguments("attention_forward", query, key, value, options);
+  check_dims(op, query, key, value, packing);
+  const Tensor queries = by_head(query, packing), keys = by_head(key, packing),
+               values = by_head(value, packing);
+  check_arguments(op, queries, keys, values, options);
   const c10::cuda::CUDAGuard device(query.device());
   AttentionForward p = {};
-  const Arguments arguments(p, query, key, value, options);
-  Tensor out = at::empty({p.batch, p.heads, p.queries, p.value_dim}, query.options());
-  Tensor lse = at::empty({p.batch, p.heads, p.queries}, query.options().dtype(at::kFloat));
+  const Arguments arguments(p, queries, keys, values, options, packing);
+  Tensor out = at::empty(out_sizes(query, value), query.options());
+  Tensor lse = at::empty(lse_sizes(query, packing), query.options().dtype(at::kFloat));
   if (lse.numel() == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
@@ -189,35 +252,34 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const optional<Tensor>& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const optional<Tensor>& attn_mask,
-    const optional<Tensor>& alibi_slopes, const optional<Tensor>& sinks,
-    const optional<Tensor>& seed, const Tensor& out, const Tensor& lse, double dropout_p,
-    double scale, double softcap, bool bottom_right, int64_t window_left, int64_t window_right,
-    std::array<bool, 5> output_mask) {
-  constexpr const char* kOp = "attention_backward";
+// Wanted: the gradients of query, key, value, mask and sinks.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const char* op, const Tensor& grad_out, const optional<Tensor>& grad_lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const Options& options, const Packing* packing,
+    const Tensor& out, const Tensor& lse, const std::array<bool, 5>& output_mask) {
   const at::AutoDispatchBelowADInplaceOrView no_grad;
-  const Options options{attn_mask, alibi_slopes, sinks,        seed,        dropout_p,
-                        scale,     softcap,      bottom_right, window_left, window_right};
-  check_arguments(kOp, query, key, value, options);
+  const optional<Tensor>&attn_mask = options.mask, &sinks = options.sinks;
+  check_dims(op, query, key, value, packing);
+  const Tensor queries = by_head(query, packing), keys = by_head(key, packing),
+               values = by_head(value, packing);
+  check_arguments(op, queries, keys, values, options);
   const c10::cuda::CUDAGuard device(query.device());
   AttentionBackward p = {};
-  const Arguments arguments(p, query, key, value, options);
+  const Arguments arguments(p, queries, keys, values, options, packing);
   for (const auto& [tensor, name] : {std::pair(&grad_out, "grad_out"), std::pair(&out, "out")}) {
-    check_shape(*tensor, {p.batch, p.heads, p.queries, p.value_dim}, kOp, name);
-    check_dtype(*tensor, query.scalar_type(), kOp, name);
-    check_device(*tensor, query, kOp, name);
+    check_shape(*tensor, out_sizes(query, value), op, name);
+    check_dtype(*tensor, query.scalar_type(), op, name);
+    check_device(*tensor, query, op, name);
   }
-  check_shape(lse, {p.batch, p.heads, p.queries}, kOp, "lse");
-  check_device(lse, query, kOp, "lse");
+  check_shape(lse, lse_sizes(query, packing), op, "lse");
+  check_device(lse, query, op, "lse");
   if (grad_lse.has_value()) {
-    check_shape(*grad_lse, lse.sizes(), kOp, "grad_lse");
-    check_device(*grad_lse, query, kOp, "grad_lse");
+    check_shape(*grad_lse, lse.sizes(), op, "grad_lse");
+    check_device(*grad_lse, query, op, "grad_lse");
   }
-  FASTNN_CHECK(!output_mask[3] || attn_mask.has_value(), kOp, "output_mask[3]",
+  FASTNN_CHECK(!output_mask[3] || attn_mask.has_value(), op, "output_mask[3]",
                "false without attn_mask", true);
-  FASTNN_CHECK(!output_mask[4] || sinks.has_value(), kOp, "output_mask[4]", "false without sinks",
+  FASTNN_CHECK(!output_mask[4] || sinks.has_value(), op, "output_mask[4]", "false without sinks",
                true);
 
   const auto floats = query.options().dtype(at::kFloat);
@@ -233,11 +295,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_mask = gradient(output_mask[3], attn_mask.value_or(query));
   Tensor grad_sinks = at::empty({0}, sinks.value_or(query).options());
 
-  const Tensor upstream = Arguments::with_unit_columns(grad_out);
-  const Tensor saved = Arguments::with_unit_columns(out);
+  const Tensor upstream = Arguments::with_unit_columns(by_head(grad_out, packing));
+  const Tensor saved = Arguments::with_unit_columns(by_head(out, packing));
   const Tensor lse_rows = lse.to(at::kFloat).contiguous();
   const Tensor grad_lse_rows = grad_lse.has_value() ? grad_lse->to(at::kFloat).contiguous() : lse;
-  const Tensor rows = at::empty({2, p.batch, p.heads, p.queries}, floats);
+  const Tensor rows = at::empty({2, lse.numel()}, floats);
   p.grad_out = Arguments::operand(upstream);
   p.out = Arguments::operand(saved);
   p.lse = lse_rows.const_data_ptr<float>();
@@ -287,6 +349,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_query, grad_key, grad_value, grad_mask, grad_sinks};
 }
 
+// --- the operators
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
+                                             const Tensor& value, const optional<Tensor>& attn_mask,
+                                             const optional<Tensor>& alibi_slopes,
+                                             const optional<Tensor>& sinks,
+                                             const optional<Tensor>& seed, double dropout_p,
+                                             double scale, double softcap, bool bottom_right,
+                                             int64_t window_left, int64_t window_right) {
+  const Options options{attn_mask, alibi_slopes, sinks,        seed,        dropout_p,
+                        scale,     softcap,      bottom_right, window_left, window_right};
+  return forward("attention_forward", query, key, value, options, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const optional<Tensor>& grad_lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const optional<Tensor>& attn_mask,
+    const optional<Tensor>& alibi_slopes, const optional<Tensor>& sinks,
+    const optional<Tensor>& seed, const Tensor& out, const Tensor& lse, double dropout_p,
+    double scale, double softcap, bool bottom_right, int64_t window_left, int64_t window_right,
+    std::array<bool, 5> output_mask) {
+  const Options options{attn_mask, alibi_slopes, sinks,        seed,        dropout_p,
+                        scale,     softcap,      bottom_right, window_left, window_right};
+  return backward("attention_backward", grad_out, grad_lse, query, key, value, options, nullptr,
+                  out, lse, output_mask);
+}
+
+std::tuple<Tensor, Tensor> varlen_attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const optional<Tensor>& alibi_slopes, const optional<Tensor>& sinks,
+    const optional<Tensor>& seed, double dropout_p, double scale, double softcap, bool bottom_right,
+    int64_t window_left, int64_t window_right) {
+  const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const optional<Tensor> none;
+  const Options options{none,  alibi_slopes, sinks,        seed,        dropout_p,
+                        scale, softcap,      bottom_right, window_left, window_right};
+  return forward("varlen_attention_forward", query, key, value, options, &packing);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(
+    const Tensor& grad_out, const optional<Tensor>& grad_lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, const optional<Tensor>& alibi_slopes,
+    const optional<Tensor>& sinks, const optional<Tensor>& seed, const Tensor& out,
+    const Tensor& lse, double dropout_p, double scale, double softcap, bool bottom_right,
+    int64_t window_left, int64_t window_right, std::array<bool, 4> output_mask) {
+  const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const optional<Tensor> none;
+  const Options options{none,  alibi_slopes, sinks,        seed,        dropout_p,
+                        scale, softcap,      bottom_right, window_left, window_right};
+  auto [grad_query, grad_key, grad_value, grad_mask, grad_sinks] = backward(
+      "varlen_attention_backward", grad_out, grad_lse, query, key, value, options, &packing, out,
+      lse, {output_mask[0], output_mask[1], output_mask[2], false, output_mask[3]});
+  return {grad_query, grad_key, grad_value, grad_sinks};
+}
+
 }  // namespace
 
 }  // namespace fastnn
@@ -294,4 +413,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 TORCH_LIBRARY_IMPL(fastnn, CUDA, m) {
   m.impl("attention_forward", fastnn::attention_forward);
   m.impl("attention_backward", fastnn::attention_backward);
+  m.impl("varlen_attention_forward", fastnn::varlen_attention_forward);
+  m.impl("varlen_attention_backward", fastnn::varlen_attention_backward);
 }

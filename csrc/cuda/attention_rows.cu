@@ -17,10 +17,12 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(128) attention_rows_kernel(AttentionBackward p) {
-  const int64_t rows = p.batch * p.heads * p.queries;
+  const int64_t rows = all_rows(p);
   const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   if (row >= rows) return;
-  const int64_t plane = row / p.queries, query = row % p.queries;
+  // Packed rows are as those of one batch.
+  const int64_t length = p.query_starts == nullptr ? p.queries : p.query_rows;
+  const int64_t plane = row / length, query = row % length;
   const int64_t b = plane / p.heads, h = plane % p.heads;
   const T* const grad = row_of<T>(p.grad_out, b, h, query);
   const T* const out = row_of<T>(p.out, b, h, query);
@@ -31,7 +33,10 @@ __global__ void __launch_bounds__(128) attention_rows_kernel(AttentionBackward p
   delta = warp_reduce(delta, [](float x, float y) { return x + y; });
   if (threadIdx.x % 32 != 0) return;
   const float lse = p.lse[row];
-  p.rows[row] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+  // Of a NaN, exp(S - lse) would be one for the keys too that are hidden from the row, whose S is
+  // -inf: in place of it a number by which what the row sees becomes infinite, and that stays 0.
+  constexpr float kForNan = -1e30f;
+  p.rows[row] = lse == -INFINITY ? INFINITY : lse != lse ? kForNan : lse * kLog2e;
   p.rows[rows + row] = p.grad_lse != nullptr ? delta - p.grad_lse[row] : delta;
 }
 
@@ -40,12 +45,14 @@ __global__ void __launch_bounds__(128) attention_rows_kernel(AttentionBackward p
 __global__ void __launch_bounds__(128) attention_sinks_kernel(AttentionBackward p) {
   __shared__ float shared[4];
   const int64_t plane = blockIdx.x;
+  const Sequence sequence = sequence_of<true>(p, plane / p.heads);
+  const int64_t first = first_row<true>(p, sequence, plane);
   const float sink = p.sinks[plane] * kLog2e;
   float sum = 0.f;
-  for (int64_t query = threadIdx.x; query < p.queries; query += 128) {
-    const int64_t row = plane * p.queries + query;
+  for (int query = threadIdx.x; query < sequence.queries; query += 128) {
+    const int64_t row = first + query;
     const float prob = exp2_approx(sink - p.rows[row]);
-    const float delta = p.rows[p.batch * p.heads * p.queries + row];
+    const float delta = p.rows[all_rows(p) + row];
     const float dot = p.sink_rows[row] + delta * (1.f - prob);
     sum -= prob * (p.grad_lse != nullptr ? dot - p.grad_lse[row] : dot);
   }
@@ -87,7 +94,6 @@ __global__ void __launch_bounds__(MaskShape<T, kDim>::kThreads, 1)
   T* const v_tile = k_tile + kCols * kDim;
 
   const MaskPlan plan(p, kRows, kCols);
-  const Band band = make_band(p, false);
   const int64_t task = blockIdx.x % plan.tiles, part = blockIdx.x / plan.tiles;
   const int64_t col_tile = task % plan.col_tiles, row_tile = task / plan.col_tiles % plan.row_tiles;
   const int64_t head = task / plan.col_tiles / plan.row_tiles % p.mask_sizes[1];
@@ -104,11 +110,14 @@ __global__ void __launch_bounds__(MaskShape<T, kDim>::kThreads, 1)
     const int64_t rest = step / plan.walk_cols / plan.walk_rows;
     const int64_t h = head + rest % plan.heads, b = batch + rest / plan.heads;
     const int64_t kv = h / (p.heads / p.kv_heads);
-    const int rows = static_cast<int>(p.queries) - row0, cols = static_cast<int>(p.keys) - col0;
+    const Sequence sequence = sequence_of<true>(p, b);
+    const Band band = make_band<true>(p, sequence, false);
+    const int rows = sequence.queries - row0, cols = sequence.keys - col0;
     const int last = row0 + min(kRows, rows) - 1;
-    if (band.end(last) <= col0 || band.begin(row0) >= col0 + kCols) continue;
+    if (rows <= 0 || band.end(last) <= col0 || band.begin(row0) >= col0 + kCols) continue;
+    const int64_t first_stat = first_row<true>(p, sequence, b * p.heads + h);
     const auto load = [&](T* to, auto count, const AttentionOperand& operand, int64_t width,
-                          bool is_aligned, int64_t head, int first, int left) {
+                          bool is_aligned, int64_t head, int64_t first, int left) {
       const T* const base = row_of<T>(operand, b, head, first);
       In::template load<decltype(count)::value, kThreads>(
           to, operand.data, static_cast<int>(width), is_aligned,
@@ -116,19 +125,20 @@ __global__ void __launch_bounds__(MaskShape<T, kDim>::kThreads, 1)
     };
     const std::integral_constant<int, kRows> row_tile_size;
     const std::integral_constant<int, kCols> col_tile_size;
-    load(q_tile, row_tile_size, p.query, p.dim, aligned.query, h, row0, rows);
-    load(grad_tile, row_tile_size, p.grad_out, p.value_dim, aligned.grad_out, h, row0, rows);
-    load(k_tile, col_tile_size, p.key, p.dim, aligned.key, kv, col0, cols);
-    load(v_tile, col_tile_size, p.value, p.value_dim, aligned.value, kv, col0, cols);
+    const int64_t query = sequence.first_query + row0, key = sequence.first_key + col0;
+    load(q_tile, row_tile_size, p.query, p.dim, aligned.query, h, query, rows);
+    load(grad_tile, row_tile_size, p.grad_out, p.value_dim, aligned.grad_out, h, query, rows);
+    load(k_tile, col_tile_size, p.key, p.dim, aligned.key, kv, key, cols);
+    load(v_tile, col_tile_size, p.value, p.value_dim, aligned.value, kv, key, cols);
     cp_async_commit();
     Line lines[2];
     float stats[2][2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = row0 + warp_row + 8 * r + g;
-      lines[r] = make_line(p, band, row < p.queries, row, b, h, row, 0);
-      stats[0][r] = row_stat(p, 0, b * p.heads + h, row);
-      stats[1][r] = row_stat(p, 1, b * p.heads + h, row);
+      lines[r] = make_line(p, band, row < sequence.queries, row, b, h, first_stat, row, 0);
+      stats[0][r] = row_stat<true>(p, 0, first_stat, sequence.queries, row);
+      stats[1][r] = row_stat<true>(p, 1, first_stat, sequence.queries, row);
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -160,6 +170,12 @@ __global__ void __launch_bounds__(MaskShape<T, kDim>::kThreads, 1)
     float total = 0.f;
     for (int r = row; r < (one_row ? kRows : row + 1); ++r) {
       for (int c = col; c < (one_col ? kCols : col + 1); ++c) total += sums[r * kCols + c];
+    }
+    if (p.query_starts != nullptr) {  // the sinks' sums alone, where lse has the row
+      const Sequence sequence = sequence_of<true>(p, batch);
+      if (to_row < sequence.queries)
+        out[first_row<true>(p, sequence, batch * p.heads + head) + to_row] = total;
+      continue;
     }
     const int64_t plane = batch * p.mask_sizes[1] + head;
     out[(plane * p.mask_sizes[2] + to_row) * p.mask_sizes[3] + to_col] = total;
@@ -200,7 +216,7 @@ cudaError_t launch_mask(const AttentionBackward& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t attention_rows_cuda(const AttentionBackward& p, cudaStream_t stream) {
-  const int64_t rows = p.batch * p.heads * p.queries;
+  const int64_t rows = all_rows(p);
   if (rows == 0) return cudaSuccess;
   return visit_width(p, [&](auto value, auto) {
     return launch(attention_rows_kernel<decltype(value)>, tiles_of(rows, 4), 128, 0, stream, p);

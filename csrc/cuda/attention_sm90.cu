@@ -8,9 +8,9 @@
 //   memory; scores, probabilities and the sum in registers. Other head dims are padded with zeros
 //   by the copy engine, ragged sizes are its bounds.
 // Numerics: float sums, exp2 with the scale folded in, P rounded for its product.
-// Limits: attention_forward_sm90_serves. A key that no query sees is not read; one that another
-//   query of the tile sees counts 0, but 0 NaN is NaN. Not measured on a GPU yet.
-#include "cuda/attention_sm90.cuh"
+//   A key that a query does not see does not reach it, NaN or not (attention_finite_sm90.cuh).
+// Limits: attention_forward_sm90_serves. Not measured on a GPU yet.
+#include "cuda/attention_finite_sm90.cuh"
 #include "cuda/prim/online_softmax.cuh"
 
 namespace fastnn {
@@ -23,26 +23,30 @@ struct Cut {
   static constexpr int kGroups = kD == 64 ? 3 : 2;
   static constexpr int kKeys = kD == 256 ? 80 : 128;
   static constexpr int kStages = 2;
+  static constexpr bool kCaps = kD > 64;         // three groups have no registers left for it
   static constexpr bool kTurns = kD <= 128;      // of its few keys a wide head's groups need none
   static constexpr bool kOutInQuery = kD > 128;  // there is no memory left
   static constexpr int kThreads = kGroupThreads * (1 + kGroups);
-  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 24;
-  static constexpr int kRegisters = kGroups == 3 ? 160 : 240;
+  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 232;
   static constexpr int kKeyBox = kKeys * kSwizzleRow;
   static constexpr int kQueryBytes = kD / kSwizzleElements * kBox;  // of a warp group
   static constexpr int kKeyBytes = kD / kSwizzleElements * kKeyBox;
   static constexpr int kOutBytes = kOutInQuery ? 0 : kQueryBytes;
-  static constexpr int kBarriers = 2 * kGroups + 4 * kStages;
-  static constexpr int kShared =
-      kGroups * (kQueryBytes + kOutBytes) + 2 * kStages * kKeyBytes + kBarriers * sizeof(Mbarrier);
+  static constexpr int kBarriers = 2 * kGroups + 5 * kStages;
+  static constexpr int kShared = kGroups * (kQueryBytes + kOutBytes) + 2 * kStages * kKeyBytes +
+                                 kBarriers * sizeof(Mbarrier) + kTilesUnderWay * sizeof(int);
+  static_assert(kStages < kTilesUnderWay);
 };
 
 struct ForwardMaps {
   TensorMap query, key, value, out;
   Schedule schedule;
   Band band;
+  Scores scores;
+  AttentionOperand values;
+  int value_dim;
   float* lse;
-  float scale;
   int first_key;  // where the maps of keys and values begin
   int group;      // query heads of a key head
 };
@@ -79,6 +83,12 @@ struct ForwardMemory {
   __device__ __forceinline__ Mbarrier* value_empty(int stage) const {
     return key_full(3 * C::kStages + stage);
   }
+  __device__ __forceinline__ Mbarrier* value_cut(int stage) const {
+    return key_full(4 * C::kStages + stage);
+  }
+  __device__ __forceinline__ int* cleaned() const {
+    return reinterpret_cast<int*>(barrier(C::kBarriers));
+  }
   __device__ __forceinline__ void init() const {
     for (int group = 0; group < C::kGroups; ++group) {
       mbarrier_init(query_full(group), 1);
@@ -87,9 +97,11 @@ struct ForwardMemory {
     for (int stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(key_full(stage), 1);
       mbarrier_init(value_full(stage), 1);
+      mbarrier_init(value_cut(stage), 1);
       mbarrier_init(key_empty(stage), C::kGroups);
       mbarrier_init(value_empty(stage), C::kGroups);
     }
+    for (int i = 0; i < kTilesUnderWay; ++i) cleaned()[i] = -1;
     mbarrier_fence_init();
   }
 };
@@ -102,6 +114,13 @@ __device__ __forceinline__ Span keys_of(const ForwardMaps& p, int row) {
   return {p.band.first_key(row), p.band.end_key(last), C::kKeys};
 }
 
+// Those that are seen by a part of the queries alone: is_cut(key) of them.
+template <int kD>
+__device__ __forceinline__ auto cuts_of(const ForwardMaps& p, int row) {
+  const Whole whole = p.band.whole_keys(row, Cut<kD>::kGroups * kRows);
+  return [whole, keys = p.band.keys](int key) { return whole.cuts(key, Cut<kD>::kKeys, keys); };
+}
+
 // One thread: Q of a tile, and its keys and values from last to first.
 template <int kD>
 __device__ __forceinline__ void copy_tiles(const ForwardMaps& p, const ForwardMemory<kD>& memory) {
@@ -112,8 +131,9 @@ __device__ __forceinline__ void copy_tiles(const ForwardMaps& p, const ForwardMe
   p.schedule.each([&](const Schedule::Tile& tile) {
     const int head = tile.head / p.group;
     const Span keys = keys_of<kD>(p, tile.row);
+    const auto is_cut = cuts_of<kD>(p, tile.row);
     for (int j = keys.count - 1; j >= 0; --j, ring.next()) {
-      const int key = (keys.first + j) * C::kKeys - p.first_key;
+      const int first = (keys.first + j) * C::kKeys, key = first - p.first_key;
       mbarrier_wait(memory.key_empty(ring.slot), ring.parity() ^ 1);
       mbarrier_arrive_expect(memory.key_full(ring.slot), C::kKeyBytes);
       load_tile<kD>(memory.key(ring.slot), C::kKeyBox, p.key, key, head, tile.batch,
@@ -125,11 +145,32 @@ __device__ __forceinline__ void copy_tiles(const ForwardMaps& p, const ForwardMe
                       tile.batch, memory.query_full(group));
       }
       mbarrier_wait(memory.value_empty(ring.slot), ring.parity() ^ 1);
-      mbarrier_arrive_expect(memory.value_full(ring.slot), C::kKeyBytes);
-      load_tile<kD>(memory.value(ring.slot), C::kKeyBox, p.value, key, head, tile.batch,
-                    memory.value_full(ring.slot));
+      Mbarrier* const full =
+          is_cut(first) ? memory.value_cut(ring.slot) : memory.value_full(ring.slot);
+      mbarrier_arrive_expect(full, C::kKeyBytes);
+      load_tile<kD>(memory.value(ring.slot), C::kKeyBox, p.value, key, head, tile.batch, full);
     }
     parity ^= 1;
+  });
+}
+
+// The group's other warps: values that a part of the queries sees.
+constexpr int kCleaning = kGroupThreads - 32;
+template <typename T, int kD>
+__device__ __forceinline__ void clean_values(const ForwardMaps& p,
+                                             const ForwardMemory<kD>& memory) {
+  using C = Cut<kD>;
+  Ring<C::kStages> ring;
+  Cleaner<T, kCleaning> cleaner{static_cast<int>(threadIdx.x) - 32};
+  p.schedule.each([&](const Schedule::Tile& tile) {
+    const Span keys = keys_of<kD>(p, tile.row);
+    const auto is_cut = cuts_of<kD>(p, tile.row);
+    for (int j = keys.count - 1; j >= 0; --j, ring.next()) {
+      if (!is_cut((keys.first + j) * C::kKeys)) continue;
+      cleaner.clean(ring.slot, memory.value_cut(ring.slot), memory.value_full(ring.slot),
+                    memory.value(ring.slot), C::kKeyBytes, memory.cleaned());
+    }
+    ++cleaner.turn;
   });
 }
 
@@ -152,15 +193,6 @@ struct Turns {
     if (group == 0) take();
   }
 };
-
-__device__ __forceinline__ float largest_of_four(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ __forceinline__ float sum_of_four(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // Of a thread's two rows: the running maximum of the scores, and this thread's part of the sum.
 struct Softmax {
@@ -203,21 +235,24 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
   };
   const Turns<C::kTurns, C::kGroups> turns(group);
   Ring<C::kStages> keys, values;
-  int parity = 0;
+  int turn = 0;
   float s[C::kKeys / 2], out[kD / 2];
   uint32_t weights[C::kKeys / 16][4];
 
   p.schedule.each([&](const Schedule::Tile& tile) {
     const int row = tile.row + group * kRows;
     const Span span = keys_of<kD>(p, tile.row);
-    Softmax softmax{p.scale * kLog2E};
+    Softmax softmax{p.scores.exponent};
     float factor[2];
-    const auto hide_unseen = [&](int j) { hide_keys(s, p.band, row, (span.first + j) * C::kKeys); };
+    const auto finish_scores = [&](int j) {
+      if constexpr (C::kCaps) p.scores.to_cap<T>(s);
+      hide_keys(-INFINITY, p.band, row, (span.first + j) * C::kKeys, s);
+    };
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) out[i] = 0.f;
 
     // S = Q K^T of the last keys, and its P.
-    mbarrier_wait(memory.query_full(group), parity);
+    mbarrier_wait(memory.query_full(group), turn % 2);
     mbarrier_wait(memory.key_full(keys.slot), keys.parity());
     turns.take();
     wgmma_fence();
@@ -228,7 +263,7 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
     pin(s);
     arrive(memory.key_empty(keys.slot));
     keys.next();
-    hide_unseen(span.count - 1);
+    finish_scores(span.count - 1);
     softmax.step(s, factor);
     pack<T>(weights, s);
 
@@ -248,7 +283,7 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
       pin(s);
       arrive(memory.key_empty(keys.slot));
       keys.next();
-      hide_unseen(j);
+      finish_scores(j);
       softmax.step(s, factor);
       // Two hurdles for the compiler, or it has the exponentials wait for the product.
       pin(s);
@@ -270,6 +305,13 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
     pin(out);
     arrive(memory.value_empty(values.slot));
     values.next();
+    if (was_cleaned(memory.cleaned(), turn)) {
+      put_back_nonfinite(
+          out, rows_of<T>(p.values, tile.batch, tile.head / p.group), p.values.row, p.value_dim,
+          C::kKeys, cuts_of<kD>(p, tile.row),
+          [&](int r) { return p.band.first_key(row + fragment_row(thread, 2 * r)); },
+          [&](int r) { return p.band.end_key(row + fragment_row(thread, 2 * r)); });
+    }
 
     // out = sum / l, lse = max + log l; a row that sees no key has 0 and -inf.
     float inverse[2];
@@ -280,7 +322,7 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
       inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
       if (thread % 4 == 0 && query < p.band.queries) {
         const int64_t head = static_cast<int64_t>(tile.batch) * p.schedule.heads + tile.head;
-        p.lse[head * p.band.queries + query] = softmax.max[r] * p.scale + logf(sum);
+        p.lse[head * p.band.queries + query] = softmax.max[r] * p.scores.unit + logf(sum);
       }
     }
 #pragma unroll
@@ -290,7 +332,7 @@ __device__ __forceinline__ void attend(const ForwardMaps& p, const ForwardMemory
       store_wait_read();
       mbarrier_arrive(memory.query_empty(group));
     }
-    parity ^= 1;
+    ++turn;
   });
   turns.end();
   if (thread == 0) store_wait_read();
@@ -307,6 +349,7 @@ __global__ void __launch_bounds__(Cut<kD>::kThreads, 1)
     if (group == 0) {
       give_registers<Cut<kD>::kCopyRegisters>();
       if (threadIdx.x == 0) copy_tiles<kD>(p, memory);
+      if (threadIdx.x >= kGroupThreads - kCleaning) clean_values<T, kD>(p, memory);
     } else {
       take_registers<Cut<kD>::kRegisters>();
       attend<T, kD>(p, memory, group - 1);
@@ -319,9 +362,12 @@ cudaError_t launch(const AttentionForward& p, int multiprocessors, cudaStream_t 
   using C = Cut<kD>;
   ForwardMaps maps = {};
   maps.band = make_band(p);
-  maps.schedule = make_schedule(p, p.heads, p.queries, C::kGroups * kRows, p.right >= 0);
+  maps.scores = make_scores(p);
+  maps.values = p.value;
+  maps.value_dim = static_cast<int>(p.value_dim);
+  maps.schedule =
+      make_schedule(p, p.heads, p.queries, C::kGroups * kRows, p.right >= 0, multiprocessors);
   maps.lse = p.lse;
-  maps.scale = p.scale;
   maps.group = static_cast<int>(p.heads / p.kv_heads);
   const Seen seen(maps.band);
   maps.first_key = seen.first;
@@ -338,8 +384,7 @@ cudaError_t launch(const AttentionForward& p, int multiprocessors, cudaStream_t 
     if (error != cudaSuccess) return error;
   }
   const auto kernel = attention_forward_sm90_kernel<T, kD>;
-  return launch_blocks(kernel, maps, maps.schedule, C::kThreads, C::kShared, multiprocessors,
-                       stream);
+  return launch_blocks(kernel, maps, maps.schedule, C::kThreads, C::kShared, stream);
 }
 
 template <typename T>
@@ -365,6 +410,7 @@ bool attention_sm90_built() {
 bool attention_forward_sm90_serves(const AttentionForward& p) {
   // A tile has 128 queries; for few, the keys are to be split among the blocks.
   return p.splits <= 1 && p.queries >= 64 && attention_sm90::serves(p, 256) &&
+         (p.softcap == 0.f || std::max(p.dim, p.value_dim) > 64) &&
          reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }
 

@@ -29,6 +29,25 @@ __host__ __device__ __forceinline__ constexpr int column_of(int i) { return frag
 // Its two rows of the 64 that a thread has.
 __host__ __device__ __forceinline__ constexpr int row_of(int i) { return i / 2 % 2; }
 
+__device__ __forceinline__ float largest_of_four(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float sum_of_four(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// What all of a tile's rows see: [first, end).
+struct Whole {
+  int first, end;
+
+  // Whether `count` of `size` from `begin` on are for a part of the rows alone.
+  __device__ __forceinline__ bool cuts(int begin, int count, int size) const {
+    return begin < first || min(begin + count, size) > end;
+  }
+};
+
 // Query i sees the keys from i + shift - left to i + shift + right, -1 is unlimited.
 struct Band {
   int queries, keys, shift, left, right;
@@ -48,7 +67,39 @@ struct Band {
   __host__ __device__ __forceinline__ int end_query(int key) const {
     return left < 0 ? queries : clamp(key - shift + left + 1, queries);
   }
+  __device__ __forceinline__ Whole whole_keys(int query, int rows) const {
+    return {first_key(min(query + rows, queries) - 1), end_key(query)};
+  }
+  __device__ __forceinline__ Whole whole_queries(int key, int rows) const {
+    return {first_query(min(key + rows, keys) - 1), end_query(key)};
+  }
 };
+
+// From a product q k^T to a score: cap tanh(inside q k^T) times `unit`, which is 1, or where there
+// is no cap the product times `unit`.
+struct Scores {
+  float unit, inside, cap;
+  float exponent;  // unit log2(e)
+  float per_cap;   // ln(2) / cap
+
+  // A branch costs the others nothing.
+  template <typename T, int kCount>
+  __device__ __forceinline__ void to_cap(float (&s)[kCount]) const {
+    if (cap == 0.f) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) s[i] = cap * Math<T>::tanh(s[i] * inside);
+  }
+  // The derivative, from a probability and its row's lse of base 2: the score is their logarithm.
+  __device__ __forceinline__ float slope(float probability, float lse) const {
+    const float tanh = (log2_approx(probability) + lse) * per_cap;
+    return probability == 0.f ? 0.f : 1.f - tanh * tanh;
+  }
+};
+
+inline Scores make_scores(const AttentionProblem& p) {
+  if (p.softcap == 0.f) return {p.scale, 0.f, 0.f, p.scale * kLog2E, 0.f};
+  return {1.f, p.scale / p.softcap, p.softcap, kLog2E, 1.f / (kLog2E * p.softcap)};
+}
 
 // Tiles of [begin, end), one at least: the first of them and how many.
 struct Span {
@@ -63,7 +114,7 @@ struct Span {
 // come first, a section of the heads after the other; every other round of the blocks goes
 // backwards, so that no block always has the longer one.
 struct Schedule {
-  int heads, all_heads, section, tiles, rows;
+  int blocks, heads, all_heads, section, tiles, rows;
   bool falling;  // the last tile has the most work
 
   struct Tile {
@@ -72,11 +123,9 @@ struct Schedule {
 
   template <typename F>
   __device__ __forceinline__ void each(const F& f) const {
-    const int blocks = gridDim.x, count = all_heads * tiles;
-    for (int begin = 0, turn = 0; begin < count; begin += blocks, turn ^= 1) {
-      const int block = blockIdx.x;
-      const int index = begin + (turn ? blocks - 1 - block : block);
-      if (index >= count) continue;
+    const int block = blockIdx.x, count = all_heads * tiles;
+    int step = 2 * (blocks - block) - 1;  // to the block's place in a round that goes backwards
+    for (int index = block; index < count; index += step, step = 2 * blocks - step) {
       const int first = index / (section * tiles) * section, within = index % (section * tiles);
       const int width = min(section, all_heads - first);
       const int place = within / width, head = first + within % width;
@@ -86,14 +135,16 @@ struct Schedule {
 };
 
 inline Schedule make_schedule(const AttentionProblem& p, int64_t heads, int64_t rows, int tile_rows,
-                              bool falling) {
+                              bool falling, int multiprocessors) {
   const int64_t group = heads / p.kv_heads;
   const int64_t fits = kSectionBytes / (p.keys * (p.dim + p.value_dim) * 2);
   const int64_t all = p.batch * heads, section = std::max<int64_t>(fits, 1) * group;
-  return {static_cast<int>(heads),
+  const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+  return {static_cast<int>(std::min(all * tiles, static_cast<int64_t>(multiprocessors))),
+          static_cast<int>(heads),
           static_cast<int>(all),
           static_cast<int>(std::min(section, all)),
-          static_cast<int>((rows + tile_rows - 1) / tile_rows),
+          static_cast<int>(tiles),
           tile_rows,
           falling};
 }
@@ -131,16 +182,22 @@ inline bool copies(const AttentionOperand& x, int64_t batch, int64_t heads, int6
          fits(heads, x.head) && fits(rows, x.row);
 }
 
+// The rows of a head.
+template <typename T>
+__device__ __forceinline__ const T* rows_of(const AttentionOperand& x, int batch, int head) {
+  return static_cast<const T*>(x.data) + batch * x.batch + head * x.head;
+}
+
 inline AttentionOperand contiguous(const void* data, int64_t heads, int64_t rows, int64_t columns) {
   return {data, heads * rows * columns, rows * columns, columns};
 }
 
-// What both directions ask of a problem: plain scores within a band, in rows of 16 bytes.
+// What both directions ask of a problem: scores within a band, capped or not, in rows of 16 bytes.
 inline bool serves(const AttentionProblem& p, int64_t most_dim) {
   constexpr int64_t kMost = int64_t{1} << 29;
   const bool half = p.storage == Storage::kFloat16 || p.storage == Storage::kBFloat16;
-  const bool plain = p.scale > 0 && p.softcap == 0 && p.mask.data == nullptr &&
-                     p.slopes == nullptr && p.sinks == nullptr && p.seed == nullptr;
+  const bool plain = p.scale > 0 && p.mask.data == nullptr && p.slopes == nullptr &&
+                     p.sinks == nullptr && p.seed == nullptr && p.query_starts == nullptr;
   const int64_t longer = std::max(p.queries, p.keys);
   const bool sizes = p.queries > 0 && p.keys > 0 && p.batch > 0 && p.heads > 0 && p.dim > 0 &&
                      p.value_dim > 0 && longer < kMost &&
@@ -154,13 +211,12 @@ inline bool serves(const AttentionProblem& p, int64_t most_dim) {
 
 template <typename Maps>
 cudaError_t launch_blocks(void (*kernel)(const Maps), const Maps& maps, const Schedule& schedule,
-                          int threads, int shared, int multiprocessors, cudaStream_t stream) {
+                          int threads, int shared, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(
-      std::min<int64_t>(multiprocessors, int64_t{schedule.all_heads} * schedule.tiles)));
+  config.gridDim = dim3(static_cast<unsigned>(schedule.blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = stream;
@@ -210,11 +266,11 @@ __device__ __forceinline__ void pack(uint32_t (&w)[kSteps][4], const float (&x)[
   for (int i = 0; i < 4 * kSteps; ++i) w[i / 4][i % 4] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
 }
 
-// -inf in the columns of each row that are not from first(row) to end(row); the scores begin at
+// `as` in the columns of each row that are not from first(row) to end(row); all the scores begin at
 // (row, column).
-template <int kCount, typename First, typename End>
-__device__ __forceinline__ void hide(float (&s)[kCount], int row, int column, const First& first,
-                                     const End& end) {
+template <typename First, typename End, int kCount, typename... More>
+__device__ __forceinline__ void hide(float as, int row, int column, const First& first,
+                                     const End& end, float (&s)[kCount], More&... more) {
   const int thread = threadIdx.x % kGroupThreads, left = column + fragment_column(thread, 0);
   int from[2], to[2];
 #pragma unroll
@@ -226,29 +282,30 @@ __device__ __forceinline__ void hide(float (&s)[kCount], int row, int column, co
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const bool seen = column_of(i) >= from[row_of(i)] && column_of(i) < to[row_of(i)];
-    s[i] = seen ? s[i] : -INFINITY;
+    s[i] = seen ? s[i] : as;
+    ((more[i] = seen ? more[i] : as), ...);
   }
 }
 
 // Of queries by keys, where the band cuts them.
-template <int kCount>
-__device__ __forceinline__ void hide_keys(float (&s)[kCount], const Band& band, int query,
-                                          int key) {
+template <int kCount, typename... More>
+__device__ __forceinline__ void hide_keys(float as, const Band& band, int query, int key,
+                                          float (&s)[kCount], More&... more) {
   if (key >= band.first_key(query + kRows - 1) && key + 2 * kCount <= band.end_key(query)) return;
   hide(
-      s, query, key, [&](int q) { return band.first_key(q); },
-      [&](int q) { return band.end_key(q); });
+      as, query, key, [&](int q) { return band.first_key(q); },
+      [&](int q) { return band.end_key(q); }, s, more...);
 }
 // Of keys by queries.
-template <int kCount>
-__device__ __forceinline__ void hide_queries(float (&s)[kCount], const Band& band, int key,
-                                             int query) {
+template <int kCount, typename... More>
+__device__ __forceinline__ void hide_queries(float as, const Band& band, int key, int query,
+                                             float (&s)[kCount], More&... more) {
   if (query >= band.first_query(key + kRows - 1) && query + 2 * kCount <= band.end_query(key)) {
     return;
   }
   hide(
-      s, key, query, [&](int k) { return band.first_query(k); },
-      [&](int k) { return band.end_query(k); });
+      as, key, query, [&](int k) { return band.first_query(k); },
+      [&](int k) { return band.end_query(k); }, s, more...);
 }
 
 // A warp group: its product, rounded, to `memory` (boxes of 64 x 64) and from there to `map`. The

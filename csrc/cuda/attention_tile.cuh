@@ -262,6 +262,56 @@ __device__ __forceinline__ void accumulate_seen(Fragment<kBlocks, kDim>& acc,
   accumulate<T, kDim>(acc, w, b);
 }
 
+// --- sequences
+
+// The sequence of a batch: its lengths, and where it begins among the packed ones.
+struct Sequence {
+  int queries, keys;
+  int64_t first_query, first_key;
+};
+
+// Without kPacked, in kernels that serve no packed ones.
+template <bool kPacked>
+__device__ __forceinline__ Sequence sequence_of(const AttentionProblem& p, int64_t b) {
+  if (!kPacked || p.query_starts == nullptr) {
+    return {static_cast<int>(p.queries), static_cast<int>(p.keys), 0, 0};
+  }
+  // Within the tensors, whatever the starts are.
+  const auto at = [](const int32_t* starts, int64_t i, int64_t rows) {
+    return min(max(starts[i], 0), static_cast<int>(rows));
+  };
+  const int query = at(p.query_starts, b, p.query_rows), key = at(p.key_starts, b, p.key_rows);
+  return {at(p.query_starts, b + 1, p.query_rows) - query,
+          at(p.key_starts, b + 1, p.key_rows) - key, query, key};
+}
+
+// Rows of lse.
+template <bool kPacked = true>
+__host__ __device__ __forceinline__ int64_t all_rows(const AttentionProblem& p) {
+  return p.heads * (!kPacked || p.query_starts == nullptr ? p.batch * p.queries : p.query_rows);
+}
+
+// Of them, the first of plane b heads + h.
+template <bool kPacked>
+__device__ __forceinline__ int64_t first_row(const AttentionProblem& p, const Sequence& sequence,
+                                             int64_t plane) {
+  if (kPacked && p.query_starts != nullptr) {
+    return plane % p.heads * p.query_rows + sequence.first_query;
+  }
+  return plane * p.queries;
+}
+
+// Row i of a plane in a result, [batch, heads, rows, columns] or packed, is its row first + i step.
+struct Place {
+  int64_t first, step;
+};
+template <bool kPacked>
+__device__ __forceinline__ Place place_of(const AttentionProblem& p, int64_t plane, int64_t heads,
+                                          int64_t rows, int64_t first) {
+  if (kPacked && p.query_starts != nullptr) return {first * heads + plane % heads, heads};
+  return {plane * rows, 1};
+}
+
 // --- the band
 
 // Row i sees the columns [begin(i), end(i)).
@@ -277,14 +327,17 @@ struct Band {
 };
 
 // The keys as a query sees them, or the queries as a key does.
-__host__ __device__ __forceinline__ Band make_band(const AttentionProblem& p, bool of_keys) {
+template <bool kPacked>
+__device__ __forceinline__ Band make_band(const AttentionProblem& p, const Sequence& sequence,
+                                          bool of_keys) {
   // Wider than both sequences is as good as unlimited, and fits an int.
   const int64_t most = p.queries + p.keys;
   const int left = static_cast<int>(min(p.left, most)),
             right = static_cast<int>(min(p.right, most));
-  const int shift = static_cast<int>(p.shift);
-  if (of_keys) return {static_cast<int>(p.queries), -shift, right, left};
-  return {static_cast<int>(p.keys), shift, left, right};
+  const bool own = kPacked && p.query_starts != nullptr && p.bottom_right;
+  const int shift = own ? sequence.keys - sequence.queries : static_cast<int>(p.shift);
+  if (of_keys) return {sequence.queries, -shift, right, left};
+  return {sequence.keys, shift, left, right};
 }
 
 // --- scores
@@ -298,17 +351,18 @@ struct Line {
   int64_t draw;  // the number of its first group of dropout bits, where rows are queries
 };
 
-// The line of row `row`; query and key are those of its column 0. A row that is none sees nothing.
+// The line of row `row`; query and key are those of its column 0, first is the first_row of its
+// head. A row that is none sees nothing.
 __device__ __forceinline__ Line make_line(const AttentionProblem& p, const Band& band, bool is_row,
-                                          int row, int64_t b, int64_t h, int64_t query,
-                                          int64_t key) {
+                                          int row, int64_t b, int64_t h, int64_t first,
+                                          int64_t query, int64_t key) {
   Line line;
   line.center = row + band.shift;
   line.begin = is_row ? band.begin(row) : 0;
   line.end = is_row ? band.end(row) : 0;
   line.slope = p.slopes != nullptr && is_row ? p.slopes[b * p.heads + h] : 0.f;
   line.mask = b * p.mask.batch + h * p.mask.head + query * p.mask.row + key * p.mask.col;
-  line.draw = ((b * p.heads + h) * p.queries + query) * dropout_groups(p.keys);
+  line.draw = (first + query) * dropout_groups(p.keys);
   return line;
 }
 

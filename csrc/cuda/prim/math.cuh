@@ -18,6 +18,16 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+__device__ __forceinline__ float log2_approx(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return log2f(x);
+#endif
+}
+
 template <typename T>
 struct Math {
   static __device__ __forceinline__ float exp(float x) { return exp2_approx(x * 1.44269504f); }
