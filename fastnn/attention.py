@@ -254,7 +254,7 @@ def scaled_dot_product_attention(
     where softcap(x) = softcap tanh(x / softcap), shift = Sk - Sq for the bottom-right alignment,
     else 0. A row that sees no key gives 0 (and a log-sum-exp of -inf); NaN and infinities in hidden
     keys and values do not reach the rows that do not see them (the reference is as torch there; on
-    Triton a value may reach the rows of a tile that a window, or causality, hides from some).
+    Triton they may where another row of the same tile sees them).
 
     Args:
         query: (..., Hq, Sq, D), float32, bfloat16 or float16 (float64 on the CPU); 2 or more
