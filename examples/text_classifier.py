@@ -129,7 +129,7 @@ class R8(Example):
     name = "text_r8"
     title = "Reuters R8, Transformer encoder of 6 layers, d = 512"
     collection = "r8"
-    epochs, quick_epochs = 8, 1
+    epochs, quick_epochs = 4, 1
     goals = {"accuracy": 0.95}
     quick_goals = {"accuracy": 0.6}
     # Stock and swapped layers drop other elements.
@@ -188,7 +188,7 @@ class R52(R8):
     name = "text_r52"
     title = "Reuters R52, Transformer encoder of 6 layers, d = 512"
     collection = "r52"
-    epochs = 10
+    epochs = 6
     goals = {"accuracy": 0.90}
     quick_goals = {"accuracy": 0.4}
 
