@@ -1,7 +1,8 @@
 """`python -m benchmarks.readme`: rewrites the generated parts of README.md.
 
 The support matrix comes from the table of operators and the kernels' registrations, the measured
-table from the newest full run of each device under benchmarks/results.
+table from the newest full run of each device under benchmarks/results, that of the models from the
+full runs of the examples in its folder models.
 """
 
 from __future__ import annotations
@@ -104,8 +105,25 @@ def measured() -> str:
     return "\n\n".join(parts) or "No run has been recorded yet."
 
 
+def models() -> str:
+    """What the examples reached in full, a row each."""
+    heads = ["example", "layers", "dtype", "epochs", "reached", "step time, peak: stock / swapped"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for path in sorted((ROOT / "benchmarks" / "results" / "models").glob("*.json")):
+        result = json.loads(path.read_text())
+        for kind, run in result["runs"].items():
+            reached = (f"{name} {values[-1]:.4g}" for name, values in run["metrics"].items())
+            ratios = [result["speed_ratio"], result["memory_ratio"]] if kind == "swapped" else []
+            cells = [
+                f"`{result['name']}`", kind, result["dtype"], str(result["epochs"]),
+                ", ".join(reached), ", ".join(f"{ratio:.2f}" for ratio in ratios if ratio),
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def updated(text: str) -> str:
-    for name, content in (("support", support()), ("measured", measured())):
+    for name, content in (("support", support()), ("models", models()), ("measured", measured())):
         pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S)
     return text
