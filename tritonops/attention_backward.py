@@ -153,11 +153,6 @@ def attention_backward_key_kernel(
                 )
                 delta = tl.load(delta_ptr + row_number + row, mask=row < seq_q, other=0.0)
                 p = exponential(s, row_lse[None, :], scale, FOLD)
-                if phase != 1 or MASK:
-                    # Of a row whose lse is NaN, P is NaN where it sees a key and 0 elsewhere, to
-                    # which its q and dO would add 0 NaN.
-                    p = tl.where(s == float("-inf"), 0.0, p)
-                    q = tl.where((row_lse == row_lse)[:, None], q, 0.0)
                 dropped = p
                 if DROPOUT:
                     keep = tl.trans(
@@ -169,8 +164,6 @@ def attention_backward_key_kernel(
                     grad_out_base, i, begin, end, stride_gs, stride_gd, BLOCK_M, BLOCK_DV,
                     VALUE_DIM, phase != 1,
                 )  # fmt: skip
-                if phase != 1 or MASK:
-                    grad_out = tl.where((row_lse == row_lse)[:, None], grad_out, 0.0)
                 grad_v = dot(rounded(dropped, grad_out.dtype), grad_out, grad_v, "ieee")
                 grad_p = dot(v, tl.trans(grad_out), None, "ieee")
                 if DROPOUT:
@@ -180,7 +173,7 @@ def attention_backward_key_kernel(
                 if phase != 1 or MASK:
                     grad_s = tl.where(p == 0.0, 0.0, grad_s)
                 if SOFTCAP:
-                    grad_s = tl.where(grad_s == 0.0, 0.0, grad_s * softcap_slope(qk, scale))
+                    grad_s *= softcap_slope(qk, scale)
                 # dK += dS^T q
                 grad_k = dot(rounded(grad_s, q.dtype), q, grad_k, "ieee")
     if DROPOUT:
@@ -213,8 +206,6 @@ def _grad_score_tile(
         FOLD, MASK, ALIBI, SOFTCAP, EDGE, HAS_LOW, HAS_HIGH,
     )  # fmt: skip
     p = exponential(s, row_lse[:, None], scale, FOLD)
-    if EDGE or MASK:
-        p = tl.where(s == float("-inf"), 0.0, p)
     grad_p = dot(grad_out, tl.trans(v), None, "ieee")
     if DROPOUT:
         keep = dropout_keep(seed_ptr, threshold, dropout_row, first_col, columns, BLOCK_N)
@@ -307,7 +298,7 @@ def attention_backward_query_kernel(
                 MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
             )  # fmt: skip
             if SOFTCAP:
-                grad_s = tl.where(grad_s == 0.0, 0.0, grad_s * softcap_slope(qk, scale))
+                grad_s *= softcap_slope(qk, scale)
             if MASK:
                 # 0 * NaN, as in the forward
                 k = tl.where(seen[:, None], k, 0.0)
