@@ -10,7 +10,6 @@ from torch import nn
 from examples._data import Split, digits
 from examples._pictures import draw_grid
 from examples._run import SEED, Example, main
-from fastnn.backend import refusal
 
 
 class Classifier(nn.Module):
@@ -64,9 +63,6 @@ class Digits(ImageClassification):
     sizes = (64, 64, 10)
     epochs, quick_epochs = 40, 20
     goals = quick_goals = {"accuracy": 0.96}
-    # By name where it is built: `auto` leaves a loss as small as this one to torch.
-    built = refusal("native", "cross_entropy", "cpu", torch.float32) is None
-    backend = "native" if built else "auto"
 
     def load(self, quick):
         return digits()
