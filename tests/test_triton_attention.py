@@ -264,6 +264,24 @@ def test_nan_outside_the_band_does_not_leak():
     _poisoned(Case(20, 45, left=5, bottom_right=True), slice(0, 20))
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=str)
+def test_a_nan_query_reaches_only_the_keys_that_it_sees(options):
+    seen = torch.ones(37, 45, dtype=torch.bool)
+    seen[20, 5:30] = False
+    for case, wanted in (
+        (Case(mask=(1, 1, 37, 45), **options), seen[20]),
+        (Case(right=0, **options), torch.arange(45) <= 20),
+    ):
+        if case.mask is not None:
+            case.mask = torch.zeros(1, 1, 37, 45).masked_fill(~seen, -math.inf)
+        clean = case.kernels()
+        case.query = case.query.clone()
+        case.query[:, :, 20, 3] = math.nan
+        for got, before in zip(case.kernels()[3:5], clean[3:5], strict=True):
+            assert torch.equal(got[:, :, ~wanted], before[:, :, ~wanted])
+            assert got[:, :, wanted].isnan().all(-1).all()
+
+
 def test_results_are_the_same_bits_again_and_inputs_are_unchanged():
     case = Case(dropout_p=0.2, mask=(1, 2, 37, 45), heads=2, heads_k=1)
     inputs = [case.query, case.key, case.value, case.mask, case.grad_out, case.seed]

@@ -6,7 +6,8 @@ Work: delta first; then one program a key tile, which walks the queries of its G
   one program a query tile (dq), one program a tile of the mask, which walks all batches,
   heads, rows or columns that the mask was broadcast over. No atomics: same inputs, same bits.
 Memory: delta and lse, O(S); P is made again in each kernel, the dropout mask drawn again.
-Numerics: fp32 sums; a hidden key contributes exactly 0, NaN or not. Limits: those of the forward.
+Numerics: fp32 sums; a hidden pair contributes exactly 0, whichever of the two is NaN.
+Limits: those of the forward.
 """
 
 import torch
@@ -22,6 +23,7 @@ from tritonops.attention_tile import (
     exponential,
     load_bias,
     load_key_bias,
+    load_rows,
     load_tile,
     packed_problem,
     phase_bounds,
@@ -67,7 +69,10 @@ def attention_delta_kernel(
     # A row without a key: exp(S - inf) is 0 whatever S is, and its delta is not to be heard of.
     empty = lse == float("-inf")
     tl.store(delta_ptr + plane * seq_q + row, tl.where(empty, 0.0, delta), mask=inside)
-    row_lse = tl.where(empty, float("inf"), lse * lse_scale)
+    # Of a row with NaN, exp(S - lse) is infinite where it sees a key and 0 where it does not.
+    sound = (tl.abs(delta) < float("inf")) & (lse < float("inf"))
+    row_lse = tl.where(sound, lse * lse_scale, -1e30)
+    row_lse = tl.where(empty, float("inf"), row_lse)
     tl.store(row_lse_ptr + plane * seq_q + row, row_lse, mask=inside)
 
 
@@ -113,7 +118,7 @@ def attention_backward_key_kernel(
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # The band seen from a key: queries j - high .. j - low.
-    begin, start, full_start, full_end, end = span(
+    _, start, full_start, full_end, end = span(
         first, last, seq_q, -high, -low, HAS_HIGH, HAS_LOW, BLOCK_M
     )
     for member in range(GROUP):
@@ -131,9 +136,14 @@ def attention_backward_key_kernel(
             tile_start, tile_end = phase_bounds(phase, start, full_start, full_end, end)
             for i in tl.range(tile_start, tile_end, BLOCK_M):
                 row = i + tl.arange(0, BLOCK_M)
-                q = load_tile(
-                    query_base, i, begin, end, stride_qs, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM,
-                    phase != 1,
+                row_lse = tl.load(
+                    row_lse_ptr + row_number + row, mask=row < seq_q, other=float("inf")
+                )
+                # A row with NaN is read as 0: hidden pairs add 0 then, and the others inf 0 = NaN.
+                sound = tl.abs(row_lse) < 1e30
+                q = load_rows(
+                    query_base, i, sound, stride_qs, stride_qd, BLOCK_M, BLOCK_D, HEAD_DIM,
+                    phase != 1 or MASK,
                 )  # fmt: skip
                 qk = dot(k, tl.trans(q), None, "ieee")
                 bias = qk
@@ -148,9 +158,6 @@ def attention_backward_key_kernel(
                     qk, bias, row[None, :], col[:, None], slope, seq_q, seq_k, low, high, shift,
                     scale, cap, FOLD, MASK, ALIBI, SOFTCAP, phase != 1, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
-                row_lse = tl.load(
-                    row_lse_ptr + row_number + row, mask=row < seq_q, other=float("inf")
-                )
                 delta = tl.load(delta_ptr + row_number + row, mask=row < seq_q, other=0.0)
                 p = exponential(s, row_lse[None, :], scale, FOLD)
                 dropped = p
@@ -160,9 +167,9 @@ def attention_backward_key_kernel(
                     )
                     dropped = tl.where(keep, p, 0.0)
                 # dV += P^T dO
-                grad_out = load_tile(
-                    grad_out_base, i, begin, end, stride_gs, stride_gd, BLOCK_M, BLOCK_DV,
-                    VALUE_DIM, phase != 1,
+                grad_out = load_rows(
+                    grad_out_base, i, sound, stride_gs, stride_gd, BLOCK_M, BLOCK_DV, VALUE_DIM,
+                    phase != 1 or MASK,
                 )  # fmt: skip
                 grad_v = dot(rounded(dropped, grad_out.dtype), grad_out, grad_v, "ieee")
                 grad_p = dot(v, tl.trans(grad_out), None, "ieee")
@@ -170,10 +177,10 @@ def attention_backward_key_kernel(
                     grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
                 # dS = P (dP - delta), 0 where hidden even if dP is NaN
                 grad_s = p * (grad_p - delta[None, :])
-                if phase != 1 or MASK:
-                    grad_s = tl.where(p == 0.0, 0.0, grad_s)
                 if SOFTCAP:
                     grad_s *= softcap_slope(qk, scale)
+                if phase != 1 or MASK:
+                    grad_s = tl.where(p == 0.0, 0.0, grad_s)
                 # dK += dS^T q
                 grad_k = dot(rounded(grad_s, q.dtype), q, grad_k, "ieee")
     if DROPOUT:
@@ -195,9 +202,9 @@ def _grad_score_tile(
     columns, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale,
     FOLD: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, EDGE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(q k^T, dS), queries x keys; dS is the gradient of what the softcap gives."""
+    """dS, queries x keys: the gradient of what the softcap gives if CAPPED, else of scale q k^T."""
     qk = dot(q, tl.trans(k), None, "ieee")
     if MASK == 0:
         bias = qk
@@ -211,9 +218,12 @@ def _grad_score_tile(
         keep = dropout_keep(seed_ptr, threshold, dropout_row, first_col, columns, BLOCK_N)
         grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
     grad_s = p * (grad_p - delta[:, None])
+    if SOFTCAP:
+        if not CAPPED:
+            grad_s *= softcap_slope(qk, scale)
     if EDGE or MASK:
         grad_s = tl.where(p == 0.0, 0.0, grad_s)
-    return qk, grad_s
+    return grad_s
 
 
 @configured("query")
@@ -292,13 +302,11 @@ def attention_backward_query_kernel(
                     key_bias = load_key_bias(mask_base, col, seq_k, stride_mk, MASK)
                     bias = key_bias[None, :]
                     seen = bias_sees(key_bias, MASK)
-            qk, grad_s = _grad_score_tile(
+            grad_s = _grad_score_tile(
                 q, k, v, grad_out, bias, row, col, n, slope, row_lse, delta, seed_ptr, row_number,
                 columns, seq_q, seq_k, low, high, shift, scale, cap, threshold, keep_scale, FOLD,
-                MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, BLOCK_N,
+                MASK, ALIBI, SOFTCAP, DROPOUT, phase != 1, HAS_LOW, HAS_HIGH, False, BLOCK_N,
             )  # fmt: skip
-            if SOFTCAP:
-                grad_s *= softcap_slope(qk, scale)
             if MASK:
                 # 0 * NaN, as in the forward
                 k = tl.where(seen[:, None], k, 0.0)
@@ -381,10 +389,11 @@ def attention_backward_mask_kernel(
                 mask_ptr + b * stride_mb + h * stride_mh, row[:, None], col[None, :],
                 seq_q, seq_k, stride_mq, stride_mk, MASK,
             )  # fmt: skip
-            _, grad_s = _grad_score_tile(
+            grad_s = _grad_score_tile(
                 q, k, v, grad_out, bias, row, col, first_col, slope, row_lse, delta, seed_ptr,
                 row_number, seq_k, seq_q, seq_k, low, high, shift, scale, cap, threshold,
-                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, BLOCK_N,
+                keep_scale, FOLD, MASK, ALIBI, SOFTCAP, DROPOUT, True, HAS_LOW, HAS_HIGH, True,
+                BLOCK_N,
             )  # fmt: skip
             acc += grad_s
 

@@ -18,24 +18,34 @@ NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 
 
 @triton.jit
-def load_tile(
-    base, start, begin, end, stride_row, stride_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr,
+def load_rows(
+    base, start, chosen, stride_row, stride_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLS] of a matrix `WIDTH` wide from row `start`; 0 outside rows [begin, end)."""
+    """[ROWS, COLS] of a matrix `WIDTH` wide from row `start`; if CHOSEN, 0 where not `chosen`."""
     row = tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     base += tl.cast(start, tl.int64) * stride_row
     pointers = base + row[:, None] * stride_row + col[None, :] * stride_col
-    inside = (start + row >= begin) & (start + row < end)
-    if BOUNDED and WIDTH < COLS:
-        return tl.load(pointers, mask=inside[:, None] & (col < WIDTH)[None, :], other=0.0)
-    elif BOUNDED:
-        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    if CHOSEN and WIDTH < COLS:
+        return tl.load(pointers, mask=chosen[:, None] & (col < WIDTH)[None, :], other=0.0)
+    elif CHOSEN:
+        return tl.load(pointers, mask=chosen[:, None], other=0.0)
     elif WIDTH < COLS:
         return tl.load(pointers, mask=(col < WIDTH)[None, :], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def load_tile(
+    base, start, begin, end, stride_row, stride_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """The same; if BOUNDED, 0 for rows outside [begin, end)."""
+    row = start + tl.arange(0, ROWS)
+    inside = (row >= begin) & (row < end)
+    return load_rows(base, start, inside, stride_row, stride_col, ROWS, COLS, WIDTH, BOUNDED)
 
 
 @triton.jit
@@ -219,7 +229,7 @@ TILES = {
         (4, 256): [(16, 16, 8, 1)],
     },
     "key": {
-        (2, 64): [(32, 128, 8, 2), (32, 64, 4, 3), (16, 32, 8, 1)],
+        (2, 64): [(32, 128, 8, 2), (32, 64, 4, 2), (16, 32, 8, 1)],
         (2, 128): [(32, 128, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1)],
         (2, 256): [(16, 32, 8, 1)],
         (4, 64): [(16, 32, 8, 1)],
