@@ -12,6 +12,7 @@
 
 #include "activation.h"
 #include "cpu/registry.h"
+#include "small_linear.h"
 #ifdef FASTNN_CUDA
 #include "cuda/attention.h"
 #include "cuda/linear_act_paths.h"
@@ -42,6 +43,11 @@ CpuKernels::CpuKernels(const char* capability, RegisterFunction function) {
 }  // namespace fastnn
 
 PYBIND11_MODULE(_C, m) {
+  static PyMethodDef functions[] = {
+      {"small_linear", reinterpret_cast<PyCFunction>(fastnn::small_linear), METH_FASTCALL,
+       "torch.nn.functional.linear where torch serves it best, else None."},
+      {nullptr, nullptr, 0, nullptr}};
+  PyModule_AddFunctions(m.ptr(), functions);
   // Here, not in a static initializer: by now every variant is in the registry.
   static auto library = MAKE_TORCH_LIBRARY_IMPL(fastnn, CPU);
   for (const auto& [capability, function] : fastnn::cpu_registry()) {

@@ -228,6 +228,11 @@ def _register() -> tuple[SimpleNamespace, SimpleNamespace]:
 NATIVE, TRITON = _register()
 
 
+def small_linear(input, weight, bias, products) -> torch.Tensor | None:
+    """See csrc/small_linear.h. This one stands in where there is no extension: it serves none."""
+    return None
+
+
 def _load_extension() -> str | None:
     """Load the C++ kernels; returns why there are none, or None."""
     # Beside this file only: an editable install would offer the extension of another checkout.
@@ -241,7 +246,8 @@ def _load_extension() -> str | None:
             f"fastnn was built for torch {TORCH} but torch {running} is installed: rebuild it with"
             " `pip install --no-build-isolation --force-reinstall fastnn`, or install that torch"
         )
-    import fastnn._C  # noqa: F401  (loading it registers the kernels)
+    global small_linear
+    from fastnn._C import small_linear  # loading it registers the kernels
 
     return None
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnn import _autograd, _check, backend, reference
+from fastnn._ops import small_linear
 from fastnn.reference import ACTIVATIONS
 
 # On the CPU, `auto` leaves float32 calls of so few products M N K to torch where there is next to
@@ -115,30 +115,6 @@ def _check_linear_act(name, input, weight, bias, activation, residual, dropout_p
             _check.fail(RuntimeError, name, "residual", f"of shape {shape}", tuple(residual.shape))
 
 
-def _left_to_torch(input, weight, bias) -> bool:
-    """Whether such a call, beyond which nothing is asked for, costs less in torch.
-
-    In few words: what is read here is 1 % of the smallest step.
-    """
-    return (
-        isinstance(input, Tensor)
-        and isinstance(weight, Tensor)
-        and input.is_cpu
-        and input.dtype == torch.float32
-        and input.dim() > 0
-        and weight.dim() == 2
-        and (columns := input.shape[-1]) == weight.shape[1]
-        and 0 < input.numel() * (size := weight.numel()) <= _TORCH_UP_TO * columns
-        and (
-            bias is None
-            or (isinstance(bias, Tensor) and bias.dim() == 1 and bias.numel() * columns == size)
-        )
-        and backend.chosen == "auto"
-        and not torch.compiler.is_compiling()  # the graph would be of these sizes only
-        and not _autograd.transforming()
-    )
-
-
 def linear_act(
     input: Tensor,
     weight: Tensor,
@@ -184,9 +160,11 @@ def linear_act(
         activation in _CHEAP
         and residual is None
         and (not dropout_p or (not training and 0.0 < dropout_p <= 1.0))
-        and _left_to_torch(input, weight, bias)
+        and backend.chosen == "auto"
+        and not torch.compiler.is_compiling()  # the graph would be of these sizes only
+        and (preact := small_linear(input, weight, bias, _TORCH_UP_TO)) is not None
     ):
-        return ACTIVATIONS[activation].value(F.linear(input, weight, bias))
+        return ACTIVATIONS[activation].value(preact)
     dtype = _autograd.autocast_dtype(input) if isinstance(input, Tensor) else None
     if dtype is not None:
         input, weight, bias, residual = (

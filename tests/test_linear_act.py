@@ -430,6 +430,10 @@ print(fastnn._C.cpu_capability())
     assert run.stdout.strip() == "AVX2"
 
 
+class Traced(torch.Tensor):
+    """A subclass with the inherited __torch_function__."""
+
+
 def test_auto_leaves_small_cheap_calls_to_torch(monkeypatch):
     monkeypatch.setattr(sys.modules["fastnn.linear_act"], "_TORCH_UP_TO", 5 * 4 * 3)
     served = []
@@ -442,9 +446,14 @@ def test_auto_leaves_small_cheap_calls_to_torch(monkeypatch):
     for more in (
         {"activation": "gelu"}, {"dropout_p": 0.5}, {"residual": torch.randn(5, 3)},
         {"input": torch.randn(6, 4)}, {"input": x.bfloat16(), "weight": w.bfloat16()},
+        {"input": torch.randn(0, 4)}, {"input": x.as_subclass(Traced)},
     ):  # fmt: skip
         linear_act(**{"input": x, "weight": w} | more)
         assert served.pop(), more
+    torch.func.vmap(linear_act, (0, None))(x, w)
+    assert served.pop()
+    with torch.autocast("cpu"):
+        assert linear_act(x, w).dtype == torch.bfloat16 and not served
     for wrong in ({"bias": torch.randn(4)}, {"weight": torch.randn(3, 5)}, {"dropout_p": 2.0}):
         with pytest.raises((RuntimeError, ValueError), match=f"linear_act: {list(wrong)[0]}|input"):
             linear_act(**{"input": x, "weight": w} | wrong)
