@@ -440,6 +440,7 @@ int main() {
   box_of_four();
   turns();
   widths<64>("wgmma of 64 columns", "wgmma of 64 columns: A from registers, B across K");
+  widths<48>("wgmma of 48 columns", "");
   widths<80>("wgmma of 80 columns", "");
   widths<128>("wgmma of 128 columns", "wgmma of 128 columns: A from registers, B across K");
   widths<256>("wgmma of 256 columns", "wgmma of 256 columns: A from registers, B across K");

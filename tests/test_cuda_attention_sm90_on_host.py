@@ -230,6 +230,7 @@ BACKWARD_SHAPES = {
     "ragged": (1, 2, 1, 197, 300, 64, 64),
     "wide": (1, 2, 2, 150, 270, 128, 128),
     "batch": (2, 4, 2, 130, 131, 40, 72),
+    "widest": (1, 1, 1, 140, 170, 256, 200),
 }
 
 
@@ -245,7 +246,7 @@ def test_backward(kernels, shape, band):
         assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
 
 
-@pytest.mark.parametrize("shape", ["ragged", "wide"])
+@pytest.mark.parametrize("shape", ["ragged", "wide", "widest"])
 def test_softcap(kernels, shape):
     for band in ("full", "causal"):
         sizes = BACKWARD_SHAPES[shape]
@@ -284,6 +285,7 @@ def test_keys_that_no_query_sees_do_not_reach_a_gradient(kernels):
 POISONED = {
     "64": ((1, 2, 1, 197, 300, 64, 64), (0, -1, 0)),
     "128": ((1, 2, 2, 150, 270, 128, 128), (30, 40, 9)),
+    "256": ((1, 1, 1, 140, 170, 256, 200), (30, 20, 0)),
 }
 
 
@@ -357,5 +359,5 @@ def test_what_the_kernel_serves(kernels):
     for names, wanted in (((), True), (("grad_query",), True), (("grad_key",), False)):
         problem = case.backward_problem(**dict.fromkeys(names, 64))
         assert kernels.backward_serves(ctypes.byref(problem)) == wanted
-    wide = Case((1, 2, 1, 128, 64, 136, 72)).backward_problem()
+    wide = Case((1, 2, 1, 128, 64, 264, 72)).backward_problem()
     assert not kernels.backward_serves(ctypes.byref(wide))

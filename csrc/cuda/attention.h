@@ -104,11 +104,11 @@ cudaError_t attention_mask_gradient_cuda(const AttentionBackward& problem, cudaS
 bool attention_sm90_built();
 // In words, for fastnn.info.
 constexpr char kAttentionPaths[] =
-    "Hopper (compute capability 9.0): bfloat16 and float16; head dimensions in steps of 8, to 256"
-    " in the forward and to 128 in the backward; rows of whole 16 bytes; from 64 queries, in the"
-    " backward also 64 keys, and the gradients of key and value together; a positive scale, causal,"
-    " a window, softcap (in the forward of more than 64 columns); no mask, ALiBi, sinks, dropout or"
-    " packed sequences. Portable: everything else";
+    "Hopper (compute capability 9.0): bfloat16 and float16; head dimensions in steps of 8, to 256;"
+    " rows of whole 16 bytes; from 64 queries, in the backward also 64 keys, and the gradients of"
+    " key and value together; a positive scale, causal, a window, softcap (in the forward of more"
+    " than 64 columns); no mask, ALiBi, sinks, dropout or packed sequences. Portable: everything"
+    " else";
 bool attention_forward_sm90_serves(const AttentionForward& problem);
 cudaError_t attention_forward_sm90_cuda(const AttentionForward& problem, int multiprocessors,
                                         cudaStream_t stream);

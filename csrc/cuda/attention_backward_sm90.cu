@@ -1,12 +1,12 @@
-// Attention's backward on Hopper, of half types and head dims to 128: with P = exp(S - lse) and
+// Attention's backward on Hopper, of half types: with P = exp(S - lse) and
 //   dS = P (dO V^T - delta):  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO;
 //   where S is capped, dS takes the cap's derivative too.
 // Dao, "FlashAttention-2" (2023), algorithm 2; Shah et al., "FlashAttention-3" (2024).
 // Work: one kernel has 128 queries a block and streams keys and values for dQ; one has 128 keys a
 //   block and streams queries and dO, of all the heads that share the keys, for dK and dV. So S and
-//   dP are made twice, 7 products in place of 5; but no sum leaves its block, none depends on an
-//   order of blocks, and P and dS go from registers into the next product. Two warp groups have 64
-//   rows each; a third copies.
+//   dP are made twice, 7 products in place of 5 (8 past 128 columns, where no registers hold dK and
+//   dV together); but no sum leaves its block, none depends on an order of blocks, and P and dS go
+//   from registers into the next product. Two warp groups have 64 rows each; a third copies.
 // Memory: a block's own rows and a ring of streamed tiles; gradients leave through the own rows.
 // Numerics: float sums; P and dS rounded for their products. NaN as in the forward.
 // Limits: attention_backward_sm90_serves. Not measured on a GPU yet.
@@ -376,20 +376,25 @@ cudaError_t launch_all(const AttentionBackward& p, int multiprocessors, cudaStre
     if (error != cudaSuccess) return error;
   }
   if (p.grad_key == nullptr) return cudaSuccess;
-  if constexpr (!kCapsBoth<kD>) {
-    if (p.softcap > 0.f) {
-      const cudaError_t error = launch<T, kD, Sums::kKey>(p, multiprocessors, stream);
-      if (error != cudaSuccess) return error;
-      return launch<T, kD, Sums::kValue>(p, multiprocessors, stream);
+  if constexpr (kD <= 128) {
+    if (kCapsBoth<kD> || p.softcap == 0.f) {
+      return launch<T, kD, Sums::kKeyAndValue>(p, multiprocessors, stream);
     }
   }
-  return launch<T, kD, Sums::kKeyAndValue>(p, multiprocessors, stream);
+  if constexpr (!kCapsBoth<kD>) {
+    const cudaError_t error = launch<T, kD, Sums::kKey>(p, multiprocessors, stream);
+    if (error != cudaSuccess) return error;
+    return launch<T, kD, Sums::kValue>(p, multiprocessors, stream);
+  }
+  return cudaSuccess;
 }
 
 template <typename T>
 cudaError_t launch_dim(const AttentionBackward& p, int multiprocessors, cudaStream_t stream) {
-  return std::max(p.dim, p.value_dim) <= 64 ? launch_all<T, 64>(p, multiprocessors, stream)
-                                            : launch_all<T, 128>(p, multiprocessors, stream);
+  const int64_t dim = std::max(p.dim, p.value_dim);
+  return dim <= 64    ? launch_all<T, 64>(p, multiprocessors, stream)
+         : dim <= 128 ? launch_all<T, 128>(p, multiprocessors, stream)
+                      : launch_all<T, 256>(p, multiprocessors, stream);
 }
 
 }  // namespace attention_sm90
@@ -397,7 +402,7 @@ cudaError_t launch_dim(const AttentionBackward& p, int multiprocessors, cudaStre
 bool attention_backward_sm90_serves(const AttentionBackward& p) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   // A tile has 128 queries or keys; dK and dV come of one kernel.
-  return p.queries >= 64 && p.keys >= 64 && attention_sm90::serves(p, 128) &&
+  return p.queries >= 64 && p.keys >= 64 && attention_sm90::serves(p) &&
          attention_sm90::copies(p.grad_out, p.batch, p.heads, p.queries) &&
          (p.grad_key == nullptr) == (p.grad_value == nullptr) && aligned(p.grad_query) &&
          aligned(p.grad_key) && aligned(p.grad_value);

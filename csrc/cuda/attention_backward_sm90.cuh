@@ -20,8 +20,10 @@ template <int kHeadDim, bool kQueriesStreamed>
 struct BackwardCut {
   static constexpr int kD = kHeadDim;
   static constexpr bool kStreamQueries = kQueriesStreamed;
-  static constexpr int kStreamed = kStreamQueries ? (kD == 64 ? 80 : 64) : (kD == 64 ? 128 : 80);
-  static constexpr int kStages = kStreamQueries ? 4 : 3;
+  static constexpr int kStreamed = kD == 256        ? 48
+                                   : kStreamQueries ? (kD == 64 ? 80 : 64)
+                                                    : (kD == 64 ? 128 : 80);
+  static constexpr int kStages = kD == 256 ? 2 : kStreamQueries ? 4 : 3;
   static constexpr int kStreamedBox = kStreamed * kSwizzleRow;
   static constexpr int kStreamedBytes = kD / kSwizzleElements * kStreamedBox;  // of an operand
   static constexpr int kOwnBytes = kD / kSwizzleElements * kBox;               // of a warp group

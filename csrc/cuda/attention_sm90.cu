@@ -409,7 +409,7 @@ bool attention_sm90_built() {
 
 bool attention_forward_sm90_serves(const AttentionForward& p) {
   // A tile has 128 queries; for few, the keys are to be split among the blocks.
-  return p.splits <= 1 && p.queries >= 64 && attention_sm90::serves(p, 256) &&
+  return p.splits <= 1 && p.queries >= 64 && attention_sm90::serves(p) &&
          (p.softcap == 0.f || std::max(p.dim, p.value_dim) > 64) &&
          reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }

@@ -193,8 +193,8 @@ inline AttentionOperand contiguous(const void* data, int64_t heads, int64_t rows
 }
 
 // What both directions ask of a problem: scores within a band, capped or not, in rows of 16 bytes.
-inline bool serves(const AttentionProblem& p, int64_t most_dim) {
-  constexpr int64_t kMost = int64_t{1} << 29;
+inline bool serves(const AttentionProblem& p) {
+  constexpr int64_t kMost = int64_t{1} << 29, kMostDim = 256;
   const bool half = p.storage == Storage::kFloat16 || p.storage == Storage::kBFloat16;
   const bool plain = p.scale > 0 && p.mask.data == nullptr && p.slopes == nullptr &&
                      p.sinks == nullptr && p.seed == nullptr && p.query_starts == nullptr;
@@ -202,7 +202,7 @@ inline bool serves(const AttentionProblem& p, int64_t most_dim) {
   const bool sizes = p.queries > 0 && p.keys > 0 && p.batch > 0 && p.heads > 0 && p.dim > 0 &&
                      p.value_dim > 0 && longer < kMost &&
                      p.batch * p.heads * (longer / kRows + 1) < kMost;
-  if (!half || !plain || !sizes || p.dim > most_dim || p.value_dim > most_dim) return false;
+  if (!half || !plain || !sizes || p.dim > kMostDim || p.value_dim > kMostDim) return false;
   const Seen seen(make_band(p));
   return seen.first < seen.end && p.dim % 8 == 0 && p.value_dim % 8 == 0 &&
          copies(p.query, p.batch, p.heads, p.queries) &&

@@ -300,7 +300,10 @@ inline void run_block(unsigned threads, char* shared, const std::function<void()
     std::unique_lock<std::mutex> turn;
     if (cluster != nullptr) turn = std::unique_lock(cluster->turn);
     for (const unsigned index : order) {
-      if (!running.copies.empty() && random_number() % 64 == 0) do_random_copy();
+      if (!running.copies.empty() && random_number() % 64 == 0) {
+        do_random_copy();
+        moved = true;  // who waits for it may have been passed over already
+      }
       Fiber& fiber = running.fibers[index];
       const bool waits = fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen;
       if (fiber.done || waits) continue;

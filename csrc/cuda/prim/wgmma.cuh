@@ -32,21 +32,24 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// D (+)= A B over 16 of K, for D of 64 x 64, 80, 128 or 256: N / 2 registers a thread, placed as
-// fragment_row and fragment_column say. B is in shared memory, A too, or in registers: those of 16
-// columns of an accumulator, packed in pairs. kAcross: the operand is stored across K. `accumulate`
-// false overwrites D. D and A's registers are not to be touched before the group is waited for.
+// D (+)= A B over 16 of K, for D of 64 x 48, 64, 80, 128 or 256: N / 2 registers a thread, placed
+// as fragment_row and fragment_column say. B is in shared memory, A too, or in registers: those of
+// 16 columns of an accumulator, packed in pairs. kAcross: the operand is stored across K.
+// `accumulate` false overwrites D. D and A's registers are not to be touched before the group is
+// waited for.
 #define FASTNN_D8(i)                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FASTNN_D32_FROM(i) FASTNN_D8(i), FASTNN_D8(i + 8), FASTNN_D8(i + 16), FASTNN_D8(i + 24)
+#define FASTNN_D24 FASTNN_D8(0), FASTNN_D8(8), FASTNN_D8(16)
 #define FASTNN_D32 FASTNN_D32_FROM(0)
 #define FASTNN_D40 FASTNN_D32, FASTNN_D8(32)
 #define FASTNN_D64 FASTNN_D32, FASTNN_D32_FROM(32)
 #define FASTNN_D128 FASTNN_D64, FASTNN_D32_FROM(64), FASTNN_D32_FROM(96)
-#define FASTNN_NAMES32                                                        \
+#define FASTNN_NAMES24                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16" \
-  ", %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  ", %17, %18, %19, %20, %21, %22, %23"
+#define FASTNN_NAMES32 FASTNN_NAMES24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define FASTNN_NAMES40 FASTNN_NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define FASTNN_NAMES64                                                          \
   FASTNN_NAMES40                                                                \
@@ -96,6 +99,7 @@ __device__ __forceinline__ void wgmma_wait() {
       FASTNN_FROM_REGISTERS(columns, "bf16", count, p, q, r, s, t, u, v);                \
     }                                                                                    \
   }
+FASTNN_PRODUCTS(48, 24, 24, 25, 26, 27, 28, 29, 30)
 FASTNN_PRODUCTS(64, 32, 32, 33, 34, 35, 36, 37, 38)
 FASTNN_PRODUCTS(80, 40, 40, 41, 42, 43, 44, 45, 46)
 FASTNN_PRODUCTS(128, 64, 64, 65, 66, 67, 68, 69, 70)
@@ -108,10 +112,12 @@ FASTNN_PRODUCTS(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef FASTNN_NAMES64
 #undef FASTNN_NAMES40
 #undef FASTNN_NAMES32
+#undef FASTNN_NAMES24
 #undef FASTNN_D128
 #undef FASTNN_D64
 #undef FASTNN_D40
 #undef FASTNN_D32
+#undef FASTNN_D24
 #undef FASTNN_D32_FROM
 #undef FASTNN_D8
 
