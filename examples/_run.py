@@ -344,13 +344,14 @@ def run(
             peaks = [runs[kind]["peak_bytes"] for kind in KINDS]
             if min(peaks) >= 2**20:  # less drowns in the pages that any step touches
                 result["memory_ratio"] = peaks[0] / peaks[1]
-    draw_curves(out / f"{example.name}_curves.png", example.title, runs)
-    model = trainings[kinds[-1]].model.eval()
-    with torch.no_grad(), trainings[kinds[-1]].context():
-        pictures = example.draw(out, model, data)
-    result["pictures"] = [f"{example.name}_curves.png", *pictures]
     result["failures"] = example.failures(result)
-    (out / f"{example.name}.json").write_text(json.dumps(result, indent=1))
+    result["pictures"] = [f"{example.name}_curves.png"]
+    written = out / f"{example.name}.json"
+    written.write_text(json.dumps(result, indent=1))  # before a picture can fail
+    draw_curves(out / result["pictures"][0], example.title, runs)
+    with torch.no_grad(), use_backend(backend):
+        result["pictures"] += example.draw(out, trainings[kinds[-1]].model.eval(), data)
+    written.write_text(json.dumps(result, indent=1))
     return result
 
 
