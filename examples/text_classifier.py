@@ -188,7 +188,6 @@ class R52(R8):
     name = "text_r52"
     title = "Reuters R52, Transformer encoder of 6 layers, d = 512"
     collection = "r52"
-    epochs = 6
     goals = {"accuracy": 0.90}
     quick_goals = {"accuracy": 0.4}
 
