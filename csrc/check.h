@@ -46,6 +46,7 @@ inline void check_dropout(double p, const std::optional<at::Tensor>& seed, const
   FASTNN_CHECK(seed.has_value(), op, "seed", "given when dropout_p > 0", "none");
   check_shape(*seed, {2}, op, "seed");
   check_dtype(*seed, at::kLong, op, "seed");
+  FASTNN_CHECK(seed->is_contiguous(), op, "seed", "contiguous", seed->strides());
 }
 
 }  // namespace fastnn

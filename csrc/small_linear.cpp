@@ -27,7 +27,7 @@ bool transformed() {
 }
 
 bool is_float_on_cpu(const at::Tensor& tensor) {
-  return tensor.is_cpu() && tensor.scalar_type() == at::kFloat;
+  return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && !tensor.is_nested();
 }
 
 bool is_small(const at::Tensor& input, const at::Tensor& weight, const at::Tensor* bias,
@@ -54,7 +54,9 @@ PyObject* small_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   const at::Tensor& input = THPVariable_Unpack(arguments[0]);
   const at::Tensor& weight = THPVariable_Unpack(arguments[1]);
   const at::Tensor* bias = biased ? &THPVariable_Unpack(arguments[2]) : nullptr;
-  if (!is_small(input, weight, bias, PyLong_AsLongLong(arguments[3]))) Py_RETURN_NONE;
+  const int64_t products = PyLong_AsLongLong(arguments[3]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!is_small(input, weight, bias, products)) Py_RETURN_NONE;
   at::Tensor out;
   {
     pybind11::gil_scoped_release without_gil;

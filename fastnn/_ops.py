@@ -2,7 +2,8 @@
 
 A row serves two namespaces: `fastnn::<op>` (C++ for the CPU and CUDA, registered when `fastnn._C`
 is loaded) and `fastnn_triton::<op>` (Triton). The functions of both have the same arguments and
-results, so one fake and one autograd.Function serve them all.
+results, so one fake and one autograd.Function serve them all. Only the C++ operators check what
+they are given; `fastnn_triton` is called by fastnn, which has checked it.
 
 Conventions: gradients a caller did not ask for (`output_mask`) come back as empty tensors of shape
 (0,); `lse`, losses and `total_weight` are float32 (float64 for float64 inputs); `softcap=0` and

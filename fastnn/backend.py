@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
+from torch.autograd import forward_ad
 
 from fastnn import _ops
 
@@ -113,11 +114,30 @@ def refusal(backend: str, family: str, device_type: str, dtype: torch.dtype, **f
     return _REFUSAL[backend](family, device_type, dtype, features)
 
 
-def resolve(family: str, tensor: torch.Tensor, **features) -> SimpleNamespace | None:
-    """The operator handles that serve a call of `family` on `tensor`; None is the reference."""
+def _only_plain(tensor: torch.Tensor) -> str | None:
+    """What about a call no kernel serves, whatever its family; None where some may."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "nested or sparse tensors"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None
+
+
+def resolve(
+    family: str, tensor: torch.Tensor, only_plain: str | None = None, **features
+) -> SimpleNamespace | None:
+    """The operator handles that serve a call of `family` on `tensor`; None is the reference.
+
+    `only_plain` names what of the call plain PyTorch alone serves, if anything.
+    """
     choice = chosen
     if choice == "reference":
         return None
+    only_plain = only_plain or _only_plain(tensor)
+    if only_plain is not None:
+        if choice == "auto":
+            return None
+        raise NotImplementedError(f"backend {choice!r} cannot serve {family} with {only_plain}")
     device_type, dtype = tensor.device.type, tensor.dtype
     if choice != "auto":
         if refusal(choice, family, device_type, dtype, **features) is None:

@@ -210,7 +210,10 @@ def cross_entropy(
             dtype = torch.promote_types(dtype, weight.dtype)
     if target.dtype == _BYTE_LABELS:
         target = target.long()
-    ops = backend.resolve(name, input, prob_target=soft, k_dim=dims > 2)
+    only_plain = None
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        only_plain = "the gradient of class weights"
+    ops = backend.resolve(name, input, only_plain, prob_target=soft, k_dim=dims > 2)
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap or 0.0)
     if ops is None:
         return _reference(input, target, weight, options, return_lse)

@@ -97,6 +97,8 @@ def _check_linear_act(name, input, weight, bias, activation, residual, dropout_p
         _check.tensor(name, input=input, weight=weight, bias_or_none=bias)
     if residual is not None:
         _check.tensor(name, residual=residual)
+    if input.is_nested:
+        return  # those have no shape to check; torch does it
     if weight.dim() != 2:
         _check.fail(RuntimeError, name, "weight", "a matrix", tuple(weight.shape))
     rows, columns = weight.shape

@@ -242,16 +242,14 @@ def linear_cross_entropy(
         ignore_index, label_smoothing, z_loss, softcap, shift,
     )  # fmt: skip
     soft, features = target.is_floating_point(), linear_weight.shape[1:-1]
-    differentiable_target = soft and target.requires_grad and torch.is_grad_enabled()
-    if not features and not differentiable_target:
-        ops = backend.resolve("linear_cross_entropy", input, prob_target=soft)
-    elif backend.current_backend() in ("auto", "reference"):
-        ops = None
-    else:
-        what = "a K-dimensional linear_weight" if features else "the gradient of probabilities"
-        raise NotImplementedError(
-            f"backend {backend.current_backend()!r} cannot serve linear_cross_entropy with {what}"
-        )
+    only_plain = None
+    if features:
+        only_plain = "a K-dimensional linear_weight"
+    elif torch.is_grad_enabled() and soft and target.requires_grad:
+        only_plain = "the gradient of probabilities"
+    elif torch.is_grad_enabled() and weight is not None and weight.requires_grad:
+        only_plain = "the gradient of class weights"
+    ops = backend.resolve("linear_cross_entropy", input, only_plain, prob_target=soft)
     loss, lse = evaluate(
         ops, input, linear_weight, linear_bias, target, weight, dtype, options, workspace_bytes,
         return_lse,

@@ -104,6 +104,7 @@ def test_window_of_one_width():
     causal = attention(q, q, q, is_causal=True)
     assert torch.equal(attention(q, q, q, window=(None, 0)), causal)
     assert torch.equal(attention(q, q, q, window=(-1, 0)), causal)
+    assert torch.equal(attention(q, q, q, window=sys.maxsize), attention(q, q, q))
 
 
 def changed(**changes):

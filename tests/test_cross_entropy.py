@@ -385,6 +385,63 @@ def test_bad_input(case):
             F.cross_entropy(*arguments, **options)
 
 
+def test_operators_refuse_gradients_of_another_shape():
+    ops = torch.ops.fastnn
+    options = (-100, 0.0, 0.0, 0.0)
+    for reduction, rows in (("mean", ()), ("none", (4,))):
+        _, lse, total = ops.cross_entropy_forward(X, Y, None, reduction, *options)
+        good = {"grad_loss": torch.ones(rows), "grad_lse": torch.ones(4), "lse": lse}
+        for name in good:
+            bad = {**good, name: torch.ones(3)}
+            with pytest.raises(RuntimeError, match=f"cross_entropy_backward: {name} must be"):
+                ops.cross_entropy_backward(
+                    bad["grad_loss"], bad["grad_lse"], X, Y, None, bad["lse"], total, reduction,
+                    *options, (True, False),
+                )  # fmt: skip
+
+
+@pytest.mark.parametrize("top", [0.0, 1e4])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 50, 2)])
+def test_an_ignored_row_stays_silent_beside_large_ones(shape, top):
+    x = torch.randn(shape)
+    rows = x.movedim(1, -1)  # a view
+    rows[(0,) * (x.dim() - 1)][0] = math.nan
+    rows.flatten(0, -2)[1] += top
+    target = torch.ones(shape[:1] + shape[2:], dtype=torch.int64)
+    target.view(-1)[0] = -100
+    x.requires_grad_()
+    with fastnn.use_backend("native"):
+        cross_entropy(x, target).backward()
+    assert (x.grad.movedim(1, -1).flatten(0, -2)[0] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [10.0, 20.0, 31.0])
+def test_gradients_of_large_logits(offset):
+    x = torch.randn(256, 300)
+    x[:, 0] += offset
+    target = torch.randint(1, 300, (256,))
+    expected = {}
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        F.cross_entropy(leaf, target).backward()
+        expected[dtype] = leaf.grad
+    x.requires_grad_()
+    with fastnn.use_backend("native"):
+        cross_entropy(x, target).backward()
+    assert_close_to_oracle(x.grad, *expected.values())
+
+
+def test_gradient_of_class_weights_is_torchs():
+    x, soft = torch.randn(400, 200, requires_grad=True), torch.randn(400, 200).softmax(1)
+    weight = torch.rand(200, requires_grad=True)
+    with fastnn.use_backend("auto"):
+        ours = torch.autograd.grad(cross_entropy(x, soft, weight), weight)[0]
+        theirs = torch.autograd.grad(F.cross_entropy(x, soft, weight), weight)[0]
+    torch.testing.assert_close(ours, theirs)
+    with fastnn.use_backend("native"), pytest.raises(NotImplementedError, match="class weights"):
+        cross_entropy(x, soft, weight)
+
+
 SMALLER = """
 import torch, fastnn, fastnn._C
 from fastnn.cross_entropy import cross_entropy

@@ -357,7 +357,30 @@ def test_gradient_of_probabilities_takes_the_reference():
         a, b = (target.clone().requires_grad_() for _ in range(2))
         ours = torch.autograd.grad(linear_cross_entropy(x, w, a), a)[0]
         torchs = torch.autograd.grad(F.cross_entropy(x @ w.T, b), b)[0]
-    torch.testing.assert_close(ours, torchs)
+        torch.testing.assert_close(ours, torchs)
+        weight = torch.rand(20, requires_grad=True)
+        ours = torch.autograd.grad(linear_cross_entropy(x, w, target, weight=weight), weight)[0]
+        torchs = torch.autograd.grad(F.cross_entropy(x @ w.T, target, weight), weight)[0]
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_no_classes():
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(0, 4)
+    linear_cross_entropy(x, w, torch.rand(3, 0), reduction="sum").backward()
+    assert (x.grad == 0).all()
+
+
+def test_operators_refuse_gradients_of_another_shape():
+    x, w = torch.randn(4, 8), torch.randn(20, 8)
+    target, total = torch.zeros(4, dtype=torch.int64), torch.ones(())
+    for grad_loss, grad_lse, name in (
+        (torch.ones(0), None, "grad_loss"), (torch.ones(()), torch.ones(1), "grad_lse"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"{name} must be of shape"):
+            torch.ops.fastnn.linear_cross_entropy_backward(
+                grad_loss, grad_lse, x, w, None, target, None, torch.ones(4), total, "sum", -100,
+                0.0, 0.0, 0.0, -1, (True, True, False),
+            )  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch before 2.13")

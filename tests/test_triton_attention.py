@@ -311,14 +311,17 @@ def test_only_the_wanted_gradient_is_made(wanted):
             assert got.shape == (0,)
 
 
-@pytest.mark.parametrize("shape", [(0, 45, 1), (37, 0, 1), (37, 45, 0)])
+@pytest.mark.parametrize("shape", [(0, 45, 1, 2), (37, 0, 1, 2), (37, 45, 0, 2), (37, 45, 1, 0)])
 def test_empty(shape):
-    seq_q, seq_k, batch = shape
-    case = Case(seq_q, seq_k, batch=batch)
+    seq_q, seq_k, batch, heads = shape
+    # A mask of rows or of columns, whichever there are: its gradient is made all the same.
+    mask = (1, 1, seq_q, 1) if seq_k == 0 else (1, 1, 1, seq_k)
+    case = Case(seq_q, seq_k, batch=batch, heads=heads, heads_k=heads, mask=mask)
     out, lse, *gradients = case.kernels()
-    assert out.shape == (batch, 2, seq_q, 16) and not out.any()
+    assert out.shape == (batch, heads, seq_q, 16) and not out.any()
     assert (lse == -math.inf).all()
-    for gradient, like in zip(gradients, (case.query, case.key, case.value), strict=True):
+    inputs = (case.query, case.key, case.value, case.mask)
+    for gradient, like in zip(gradients, inputs, strict=False):
         assert gradient.shape == like.shape and not gradient.any()
 
 

@@ -208,6 +208,13 @@ def test_starts_of_int64_and_lengths_that_are_too_long():
     assert torch.equal(out, varlen_attention(*qkv, *long_starts, *longest, enable_gqa=True))
     more = [n + 1000 for n in longest]
     assert torch.equal(out, varlen_attention(*qkv, *long_starts, *more, enable_gqa=True))
+    for backend in ("native", "triton"):
+        with fastnn.use_backend(backend):
+            all_of_it, far = (
+                varlen_attention(*qkv, *map(starts, RAGGED), *longest, enable_gqa=True, window=w)
+                for w in (None, 2**31 - 1)
+            )
+            assert torch.equal(all_of_it, far)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

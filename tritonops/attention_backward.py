@@ -424,8 +424,8 @@ def _grad_mask(arguments, attn_mask, batch):
     shape = (1,) * (4 - attn_mask.dim()) + attn_mask.shape
     seq_q, seq_k = arguments["seq_q"], arguments["seq_k"]
     sum_rows, sum_cols = shape[2] < seq_q, shape[3] < seq_k
-    if grad_mask.numel() == 0:
-        return grad_mask
+    if 0 in (grad_mask.numel(), seq_q, seq_k):
+        return grad_mask.zero_()
 
     def grid(tile):
         tiles_q = 1 if sum_rows else triton.cdiv(seq_q, tile["BLOCK_M"])

@@ -375,7 +375,7 @@ def problem(
         "tune_q": triton.next_power_of_2(seq_q), "tune_k": triton.next_power_of_2(seq_k),
         "HEAD_DIM": head_dim, "VALUE_DIM": value.shape[-1],
         "BLOCK_D": _padded(head_dim), "BLOCK_DV": _padded(value.shape[-1]),
-        "GROUP": heads // heads_k, "MASK": mask_kind, "MASK_ROWS": mask_strides[2] != 0,
+        "GROUP": heads // max(heads_k, 1), "MASK": mask_kind, "MASK_ROWS": mask_strides[2] != 0,
         "ALIBI": alibi_slopes is not None, "SOFTCAP": softcap != 0.0, "DROPOUT": dropout_p != 0.0,
         "FOLD": fold, "HAS_LOW": has_low, "HAS_HIGH": has_high,
     }  # fmt: skip
@@ -400,13 +400,16 @@ def packed_problem(
     arguments = problem(
         *views, None, alibi_slopes, seed, dropout_p, scale, softcap, False, -1, -1
     )  # fmt: skip
+    # A window that hides nothing of any sequence would only overflow.
+    has_low = 0 <= window_left < longest_q + longest_k
+    has_high = 0 <= window_right < longest_q + longest_k
     return arguments | {
         "starts_q_ptr": starts_q.contiguous(), "starts_k_ptr": starts_k.contiguous(),
         "pitch": query.shape[0],
         "seq_q": longest_q, "seq_k": longest_k, "shift": int(bottom_right),
-        "low": -window_left, "high": window_right,
+        "low": -window_left if has_low else 0, "high": window_right if has_high else 0,
         "tune_q": triton.next_power_of_2(longest_q), "tune_k": triton.next_power_of_2(longest_k),
-        "HAS_LOW": window_left >= 0, "HAS_HIGH": window_right >= 0, "PACKED": True,
+        "HAS_LOW": has_low, "HAS_HIGH": has_high, "PACKED": True,
     }  # fmt: skip
 
 

@@ -110,7 +110,9 @@ SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024  # programs that stride: without work t
 
 
 def scale_(tensor, scale):
-    if tensor.numel():
+    if not tensor.is_contiguous():
+        tensor.mul_(scale)
+    elif tensor.numel():
         programs = min(triton.cdiv(tensor.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
         scale_kernel[(programs,)](tensor, scale, tensor.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
 

@@ -95,7 +95,9 @@ struct Band {
     return left < 0 ? 0 : std::clamp<int64_t>(q + shift - left, 0, keys);
   }
   int64_t end(int64_t q) const {
-    return right < 0 ? keys : std::clamp<int64_t>(q + shift + right + 1, 0, keys);
+    // The second: no sum of a huge window overflows.
+    const bool all = right < 0 || right >= keys + std::abs(shift);
+    return all ? keys : std::clamp<int64_t>(q + shift + right + 1, 0, keys);
   }
 };
 

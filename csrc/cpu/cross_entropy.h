@@ -443,6 +443,13 @@ at::Tensor reduced_loss(const LossOptions<A>& options, const at::Tensor& row_los
   return at::scalar_tensor(sum, row_losses.options());
 }
 
+// What a backward is given of the results: those of rows of that shape.
+inline void check_upstream(const char* op, Reduction reduction, at::IntArrayRef rows,
+                           const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_lse) {
+  check_shape(grad_loss, reduction == Reduction::kNone ? rows : at::IntArrayRef{}, op, "grad_loss");
+  if (grad_lse.has_value()) check_shape(*grad_lse, rows, op, "grad_lse");
+}
+
 // The gradient of each row's loss from that of the reduced loss.
 template <typename A>
 struct RowGradients {

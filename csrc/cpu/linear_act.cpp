@@ -520,7 +520,7 @@ at::Tensor dropout_cpu(const at::Tensor& input, const at::Tensor& seed, double p
   // Pieces of a row, so that one long row is shared out too; a multiple of 8 columns.
   constexpr int64_t kPiece = 1 << 14;
   const int64_t pieces = ceil_div(cols, kPiece);
-  const PhiloxState state = philox_state(seed);
+  const PhiloxState state = p > 0 ? philox_state(seed) : PhiloxState{};
   const DropoutRate rate = dropout_rate(p);
   visit_float(in.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

@@ -224,7 +224,8 @@ void run(const Job<T>& job, Linear& linear, const std::vector<int64_t>& kept, bo
   const int64_t features = linear.x.size(1), classes = linear.w.size(0);
   const int64_t rows = all_kept ? linear.x.size(0) : static_cast<int64_t>(kept.size());
   const int64_t step = rows_per_chunk(rows, classes, sizeof(C), workspace_bytes);
-  if (!all_kept && linear.grad_x.defined()) linear.grad_x.zero_();
+  // Rows that no product reaches.
+  if (linear.grad_x.defined() && (!all_kept || linear.w.size(0) == 0)) linear.grad_x.zero_();
   // Over several chunks dW adds up in the accumulation type.
   at::Tensor wide;
   if (linear.grad_w.defined()) {
@@ -251,7 +252,8 @@ void run(const Job<T>& job, Linear& linear, const std::vector<int64_t>& kept, bo
     visit_kind(job.options.kind,
                [&](auto kind) { chunk_rows<kind.value, T, C>(job, chunk, count, index); });
     if (linear.grad_b.defined()) add_columns(chunk, count, linear.grad_b.mutable_data_ptr<A>());
-    if (linear.grad_x.defined()) chunk_grad_x<T, C>(chunk, linear, count, index);
+    if (linear.grad_x.defined() && linear.w.size(0) > 0)
+      chunk_grad_x<T, C>(chunk, linear, count, index);
     if (linear.grad_w.defined()) {
       chunk_grad_w<T, C>(chunk, linear, wide.defined() ? wide.mutable_data_ptr<A>() : nullptr,
                          count, first > 0);
@@ -335,6 +337,7 @@ Result run_typed(const char* op, const at::Tensor& grad_loss,
   if (output_mask[2]) linear.grad_b = at::zeros({classes}, accumulate_options);
   std::optional<RowGradients<A>> upstream;
   if (output_mask[0] || output_mask[1] || output_mask[2]) {
+    if (!forward) check_upstream(op, job.options.reduction, rows_shape, grad_loss, grad_lse);
     const at::Tensor unit = forward ? at::ones({}, accumulate_options) : grad_loss;
     upstream.emplace(job.options, unit, grad_lse, total);
     if (forward) upstream->loss_step = 0;
@@ -371,7 +374,7 @@ Result dispatch(const char* op, const at::Tensor& grad_loss,
                 const at::Tensor& target, const std::optional<at::Tensor>& weight,
                 const LossArguments& arguments, int64_t workspace_bytes,
                 std::array<bool, 3> output_mask) {
-  // The GEMMs below are ATen's: no graph of their own, and no cast by autocast.
+  // What of ATen is called below: no graph of its own, and no cast by autocast.
   at::AutoDispatchBelowAutograd below_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   check_float(input, true, op, "input");
