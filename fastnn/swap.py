@@ -100,16 +100,36 @@ class SwapReport:
 
 
 class FusedActivation(nn.Identity):
-    """Holds the slot, and the stock module, of an activation that the Linear before it computes."""
+    """Holds the slot, and the stock module, of an activation that the Linear before it computes.
 
-    def __init__(self, stock: nn.Module) -> None:
+    Where that is no longer so, because the Linear was turned back or replaced, it computes the
+    activation; where the Linear is inside of something else since, such as an adapter, it refuses.
+    """
+
+    def __init__(self, stock: nn.Module, parent: nn.Module, sources: tuple[str, ...]) -> None:
         super().__init__()
-        # Not a sub-module: it is not part of the computation, nor of state_dict.
-        self.__dict__["stock"] = stock
+        # Not sub-modules: they are not part of the computation, nor of state_dict.
+        self.__dict__.update(stock=stock, parent=parent, sources=sources)
         self.training = stock.training
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        layers = [self.parent._modules.get(source) for source in self.sources]
+        if all(_is_swapped(layer) for layer in layers):
+            return input
+        if any(_is_swapped(part) for layer in layers if layer for part in layer.modules()):
+            raise RuntimeError(
+                f"swap_ gave a {type(self.stock).__name__} to {', '.join(self.sources)} of a"
+                f" {type(self.parent).__name__}, which changed since: unswap_ first, then change"
+                " it, then swap_ again"
+            )
+        return self.stock(input)
 
     def extra_repr(self) -> str:
         return f"{type(self.stock).__name__} in the layer before"
+
+
+def _is_swapped(module: nn.Module | None) -> bool:
+    return hasattr(module, _STOCK)
 
 
 def _become(module: nn.Module, kind: type, attributes: dict[str, Any]) -> None:
@@ -128,8 +148,9 @@ def _new_attributes(module: nn.Module, like: nn.Module) -> dict[str, Any]:
 def _common_reason(module: nn.Module, name: str, filter_fn: FilterFn | None) -> str | None:
     if is_hooked(module):
         return "it has hooks"
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
+    for method in module.__dict__:
+        if callable(getattr(type(module), method, None)):
+            return f"its {method} was replaced"
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn refused it"
     return None
@@ -149,7 +170,11 @@ class _Pair(NamedTuple):
     parent: nn.Module
     slot: str  # of the activation
     activation: nn.Module
-    mates: tuple[nn.Module, ...]  # the Linears that the slot serves, this one included
+    sources: tuple[str, ...]  # the slots of the Linears that it serves, this one included
+
+    @property
+    def mates(self) -> list[nn.Module]:
+        return [self.parent._modules[source] for source in self.sources]
 
 
 class _Swap:
@@ -254,9 +279,9 @@ class _Swap:
         for child in linears:
             self.unpaired.setdefault(id(child), why)
         for slot, sources in found.items():
-            mates = tuple(children[source] for source in sources)
-            for mate in mates:
-                self.pairs[id(mate)] = _Pair(parent, slot, children[slot], mates)
+            pair = _Pair(parent, slot, children[slot], tuple(sources))
+            for mate in pair.mates:
+                self.pairs[id(mate)] = pair
 
     def _swap_linear(self, name: str, module: nn.Module) -> None:
         reason = self._linear_reason(module)
@@ -274,7 +299,9 @@ class _Swap:
         like = LinearAct(1, 1, activation=activation_name(pair.activation), device="meta")
         attributes = {name: like.__dict__[name] for name in ("activation", "dropout_p")}
         _become(module, kind, attributes)
-        pair.parent._modules[pair.slot] = FusedActivation(pair.activation)
+        pair.parent._modules[pair.slot] = FusedActivation(
+            pair.activation, pair.parent, pair.sources
+        )
 
     def _linear_reason(self, module: nn.Module) -> str | None:
         if _STOCK in module.__dict__:
@@ -371,7 +398,10 @@ def swap_(
     without an activation (torch's own GEMM is all they need). Outputs, gradients and state_dict
     keys stay those of the stock model, except that dropout draws other masks of the same rate, and
     that nn.TransformerEncoder no longer writes zeros at padded positions in evaluation (it stops
-    converting to nested tensors; jagged ones pass through its layers).
+    converting to nested tensors; jagged ones pass through its layers), that a model whose attention
+    was "eager" has no `output_attentions` to give, and that a part of an nn.Sequential cut off
+    before an activation's slot has applied it. Adapters go in before `swap_`; torch.jit takes stock
+    models only (`unswap_`).
 
     Args:
         model: any module; it may itself be one of those above.
@@ -413,12 +443,14 @@ def unswap_(model: nn.Module) -> SwapReport:
         if stock is None:
             continue
         report.rows.append(SwapRow(name, type(module).__name__, stock.kind.__name__, ""))
+        kept = set()
         if _is_from_transformers(module):
             from fastnn.integrations import transformers as integration
 
             integration.restore_attention(module)
+            kept = integration.set_since(module)
         module.__class__ = _rebased(type(module), stock)
-        for attribute in stock.added:
+        for attribute in set(stock.added) - kept:
             del module.__dict__[attribute]
         module.__dict__.update(stock.changed)
     return report

@@ -42,7 +42,8 @@ def activation_name(activation: Callable) -> str | None:
         return "leaky_relu" if activation.negative_slope == 0.01 else None
     if type(activation).__module__ == "transformers.activations":
         return _TRANSFORMERS.get(type(activation).__name__)
-    return None if isinstance(activation, nn.Module) else _FUNCTIONS.get(activation)
+    # Compared one by one: another callable need not be hashable.
+    return next((name for known, name in _FUNCTIONS.items() if known is activation), None)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -53,8 +54,13 @@ def is_hooked(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's forward and nothing else."""
+    return not is_hooked(module) and "forward" not in module.__dict__
+
+
 def is_plain(module: nn.Module, *kinds: type) -> bool:
-    return type(module) in kinds and not is_hooked(module)
+    return type(module) in kinds and is_untouched(module)
 
 
 def _dropout(module: nn.Module, x: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ def add_linear(
 def _feed_forward(layer: nn.Module, x: Tensor, residual: Tensor, drop: nn.Module) -> Tensor:
     """residual + drop(linear2(layer.dropout(activation(linear1(x)))))"""
     name = activation_name(layer.activation)
-    if isinstance(layer.activation, nn.Module) and is_hooked(layer.activation):
+    if isinstance(layer.activation, nn.Module) and not is_untouched(layer.activation):
         name = None
     if name is not None and is_plain(layer.linear1, nn.Linear):
         inner = layer.dropout
@@ -264,8 +270,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         window = None
         if is_causal:
-            # As in torch, the hint stands for the mask. With padding the band does too, so that
-            # the padding mask alone is broadcast; keys beyond the mask's own need the mask.
+            # The hint stands for the mask, as in torch without padding. With padding, where torch
+            # reads the mask, the band does too, so that the padding mask alone is broadcast; keys
+            # beyond the mask's own need the mask.
             if key_padding_mask is None:
                 attn_mask = None
             elif not extra_keys:

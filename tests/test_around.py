@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
@@ -276,3 +277,48 @@ def train(kind):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes(team, kind):
     team.run(train, kind)
+
+
+def test_forward_mode_is_the_references():
+    """No kernel has a tangent: plain PyTorch serves the call, and a backend by name refuses."""
+    torch.manual_seed(0)
+    x, w, target = torch.randn(4, 8), torch.randn(50, 8), torch.randint(50, (4,))
+    with fastnn.use_backend("auto"):
+        for ours, theirs in (
+            (lambda x: fastnn.linear_act(x, w, None, "gelu"), lambda x: F.gelu(x @ w.T)),
+            (lambda x: fastnn.cross_entropy(x @ w.T, target, z_loss=0.0, return_lse=True)[1],
+             lambda x: (x @ w.T).logsumexp(-1)),
+            (lambda x: fastnn.linear_cross_entropy(x, w, target),
+             lambda x: F.cross_entropy(x @ w.T, target)),
+            (lambda x: fastnn.dropout(x, 1.0), lambda x: x * 0.0),
+        ):  # fmt: skip
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+                ours_dual, theirs_dual = ours(dual), theirs(dual)
+                for got, wanted in zip(
+                    torch.autograd.forward_ad.unpack_dual(ours_dual),
+                    torch.autograd.forward_ad.unpack_dual(theirs_dual), strict=True,
+                ):  # fmt: skip
+                    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        hessian = torch.func.hessian(lambda x: fastnn.linear_act(x, w, None, "gelu").sum())
+        expected = torch.func.hessian(lambda x: F.gelu(x @ w.T).sum())
+        torch.testing.assert_close(hessian(x[0]), expected(x[0]), rtol=1e-4, atol=1e-5)
+    with (
+        fastnn.use_backend("native"),
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="linear_act with forward-mode"),
+    ):
+        fastnn.linear_act(x, w)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_the_references(layout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.5)).eval()
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    with fastnn.use_backend("auto"):
+        expected = model(x)
+        fastnn.swap_(model)
+        for ours, theirs in zip(model(x).unbind(), expected.unbind(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert model.train()(x).is_nested

@@ -450,6 +450,22 @@ def test_later_changes_are_respected():
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_loss_of_the_users_own_is_kept(when):
+    def loss_function(logits, labels, vocab_size, **options):
+        return logits.sum() * 0.0 + 7.0
+
+    model = build("llama").eval()
+    if when == "after":
+        fastnn.swap_(model, lm_loss=True)
+    model.loss_function = loss_function
+    report = fastnn.swap_(model, lm_loss=True)
+    assert when == "after" or "no loss without logits" in str(report)
+    assert model(**batch("llama")).loss == 7.0
+    fastnn.unswap_(model)
+    assert model.loss_function is loss_function and model(**batch("llama")).loss == 7.0
+
+
 def test_frozen_and_tied_parameters():
     model = build("gpt2", tie_word_embeddings=True)
     model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)

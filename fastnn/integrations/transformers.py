@@ -216,6 +216,16 @@ def _head_loss(
     return _per_item(loss.float(), num_items_in_batch)
 
 
+def _has_own_loss(model: nn.Module) -> bool:
+    """Whether somebody set the model's `loss_function`."""
+    return model.__dict__.get("_loss_function") not in (None, *_LOSSES.values())
+
+
+def set_since(model: nn.Module) -> set[str]:
+    """Which of the attributes that `swap_` added are not its own any more."""
+    return {"_loss_function"} if _has_own_loss(model) else set()
+
+
 def _causal_lm(stock: type) -> dict[str, Any]:
     """A causal language model: base model, then `lm_head`, then loss."""
     names = list(inspect.signature(stock.forward).parameters)[1:]
@@ -233,7 +243,7 @@ def _causal_lm(stock: type) -> dict[str, Any]:
         if (
             kwargs.get("labels") is None or isinstance(keep, Tensor) or keep
             or not kwargs.get("return_dict", self.config.return_dict)
-            or not is_plain(head, nn.Linear)
+            or not is_plain(head, nn.Linear) or _has_own_loss(self)
         ):  # fmt: skip
             return stock.forward(self, **kwargs)
         for name in ("logits_to_keep", "return_dict"):
@@ -260,7 +270,7 @@ def _add_and_norm(stock: type) -> dict[str, Any]:
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         dense = self.dense
-        if not is_plain(dense, nn.Linear) or "forward" in dense.__dict__:
+        if not is_plain(dense, nn.Linear):
             return stock.forward(self, hidden_states, input_tensor)
         return self.LayerNorm(
             add_linear(input_tensor, hidden_states, dense.weight, dense.bias, self.dropout)
@@ -339,7 +349,8 @@ def _model_plan(model: nn.Module, lm_loss: bool) -> Plan | None:
         why_not = _attention_reason(model)
         if why_not is None:
             attributes[ATTENTION] = PreviousAttention(attention)
-            said.append(f"attention, was {attention!r}")
+            lost = ", with it output_attentions" if attention == "eager" else ""
+            said.append(f"attention, was {attention!r}{lost}")
         else:
             said.append(f"attention {attention!r} stays: {why_not}")
     calls_loss = "loss_function" in inspect.unwrap(kind.forward).__code__.co_names
@@ -349,7 +360,7 @@ def _model_plan(model: nn.Module, lm_loss: bool) -> Plan | None:
         said.append("loss")
     if lm_loss and model.get_output_embeddings() is not None:
         ours = counterpart(kind)
-        if ours is not None and "forward" not in model.__dict__:
+        if ours is not None and "forward" not in model.__dict__ and not _has_own_loss(model):
             kind = ours
             said.append("loss without logits")
         else:
