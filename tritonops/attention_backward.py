@@ -18,6 +18,7 @@ from tritonops.attention_tile import (
     ADDITIVE_MASK,
     LOG2E,
     UNSPECIALIZED,
+    addressable,
     bias_sees,
     configured,
     exponential,
@@ -497,6 +498,7 @@ def attention_backward(
     dropout_p, scale, softcap, bottom_right, window_left, window_right, output_mask,
 ):  # fmt: skip
     batch, _, seq_q, _ = query.shape
+    grad_out = addressable(grad_out)
     arguments = problem(
         query, key, value, attn_mask, alibi_slopes, seed, dropout_p, scale, softcap,
         bottom_right, window_left, window_right,
@@ -527,15 +529,16 @@ def varlen_attention_backward(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes,
         seed, dropout_p, scale, softcap, bottom_right, window_left, window_right,
     )  # fmt: skip
+    grad_out = addressable(grad_out.transpose(0, 1))
     # Row by row, all of them are one sequence.
     delta, row_lse = _deltas(
-        grad_out.transpose(0, 1)[None], None if grad_lse is None else grad_lse[None],
+        grad_out[None], None if grad_lse is None else grad_lse[None],
         out.transpose(0, 1)[None], lse[None], arguments["FOLD"],
     )  # fmt: skip
     arguments |= {
         "grad_out_ptr": grad_out, "delta_ptr": delta, "row_lse_ptr": row_lse,
-        "stride_gb": 0, "stride_gh": grad_out.stride(1),
-        "stride_gs": grad_out.stride(0), "stride_gd": grad_out.stride(2),
+        "stride_gb": 0, "stride_gh": grad_out.stride(0),
+        "stride_gs": grad_out.stride(1), "stride_gd": grad_out.stride(2),
     }  # fmt: skip
     gradients = _input_gradients(arguments, query, key, value, scale, output_mask)
     grad_sinks = query.new_empty((0,))

@@ -326,7 +326,7 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _addressable(tensor: torch.Tensor) -> torch.Tensor:
+def addressable(tensor: torch.Tensor) -> torch.Tensor:
     """The offsets inside a tile are 32-bit numbers."""
     return tensor if max(tensor.stride()[-2:]) < 2**22 else tensor.contiguous()
 
@@ -338,7 +338,7 @@ def problem(
     """The arguments that every attention kernel takes, by name."""
     batch, heads, seq_q, head_dim = query.shape
     heads_k, seq_k = key.shape[1:3]
-    query, key, value = _addressable(query), _addressable(key), _addressable(value)
+    query, key, value = addressable(query), addressable(key), addressable(value)
     mask, mask_kind, mask_strides = None, NO_MASK, (0, 0, 0, 0)
     if attn_mask is not None:
         mask_kind = BOOL_MASK if attn_mask.dtype == torch.bool else ADDITIVE_MASK
@@ -394,7 +394,7 @@ def packed_problem(
     somewhere in the same tensor."""
     batch = starts_q.numel() - 1
     views = (
-        _addressable(tensor.transpose(0, 1)).expand(batch, -1, -1, -1)
+        addressable(tensor.transpose(0, 1)).expand(batch, -1, -1, -1)
         for tensor in (query, key, value)
     )
     arguments = problem(
