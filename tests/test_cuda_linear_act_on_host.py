@@ -472,4 +472,4 @@ def test_program_of_hoppers_instructions(tmp_path):
     """tests/cuda_prim.cu, which checks a device's instructions, against their emulation."""
     program = host_binary(tmp_path / "cuda_prim", "-x", "c++", str(ROOT / "tests/cuda_prim.cu"))
     run = subprocess.run([program], capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.count("ok ") == 17, run.stdout + run.stderr
+    assert run.returncode == 0 and run.stdout.count("ok ") == 18, run.stdout + run.stderr

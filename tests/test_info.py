@@ -50,7 +50,7 @@ def test_features_are_those_that_the_functions_name(monkeypatch):
     """A name that no function passes would ask about nothing."""
     asked = {}
 
-    def resolve(family, tensor, **features):
+    def resolve(family, tensor, only_plain=None, **features):
         asked[family] = set(features)
 
     monkeypatch.setattr(backend, "resolve", resolve)
