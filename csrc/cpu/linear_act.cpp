@@ -1,9 +1,9 @@
 // out = residual + dropout(act(x W^T + b)), x [M, K], W [N, K]; gated: act(gate) * up of N / 2.
 //   Backward: dP = act'(saved) * mask * grad_out;  dX = dP W,  dW = dP^T X,  db = sum_m dP.
 // Forward: tiles of 48 (bfloat16: 96) rows x 128 columns; a task is a column of them, for which it
-//   packs W, or where that makes too few tasks a tile, of a W packed once a call. The epilogue
-//   takes each row of the float tile through registers once, while it is in cache. Few rows
-//   (decoding) read W in place.
+//   packs W, or where W stays in cache or that makes too few tasks a tile, of a W packed once a
+//   call. The epilogue takes each row of the float tile through registers once, while it is in
+//   cache. Few rows (decoding) read W in place.
 // Backward: such a block of rows of dP is made once, multiplied by W while in cache, and left
 //   transposed for dW, whose tiles are shared out after it. db adds up per block, then over the
 //   blocks in order: no result depends on the number of threads.
@@ -42,6 +42,12 @@ constexpr int64_t kFewRows = 16;
 // times faster than eager at 32, 64, 128 and 512 rows: float 1.3, 1.7, 1.7 and 1.3, bfloat16 1.0,
 // 1.0, 1.0 and 1.0; with all of W packed first 0.8, 0.9, 1.2 and 1.2, and 0.5, 0.4, 0.7 and 0.9.
 constexpr int64_t kColumnTasks = 6;
+// But not where there are at least so many rows, and W is so small that it stays in L3: then a row
+// of tiles is finished before the next, and written side by side. Columns over rows, gelu and the
+// pre-activation saved, at 768, 1536, 3072 and 6144 rows: bfloat16 640 -> 2560 0.99, 1.06, 1.14 and
+// 1.18, 1024 -> 4096 (8 MB) 0.98, 1.01, 1.01 and 1.07; float 768 -> 2304 0.99, 1.00, 1.05 and 1.09,
+// 1024 -> 3072 (12 MB) 0.95, 0.91, 0.95 and 1.02.
+constexpr int64_t kManyRows = 1024, kWeightInCache = int64_t{8} << 20;
 
 // Calls f with the activation's struct and whether it is gated, as an std::bool_constant.
 template <typename F>
@@ -202,7 +208,8 @@ void forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor
     using C = decltype(tag);
     const int64_t col_blocks = ceil_div(width, kBlockCols);
     const bool few = m <= kFewRows && w.stride_col == 1;
-    const bool by_column = !few && col_blocks >= kColumnTasks * at::get_num_threads();
+    const bool by_row = m >= kManyRows && n * k * int64_t{sizeof(C)} <= kWeightInCache;
+    const bool by_column = !few && !by_row && col_blocks >= kColumnTasks * at::get_num_threads();
     std::array<Buffer<C>, 2> packed_weight;
     for (int64_t part = 0; part < (few || by_column ? 0 : parts); ++part) {
       Rows<T> rows = w;
