@@ -48,6 +48,10 @@ constexpr int64_t kColumnTasks = 6;
 // 1.18, 1024 -> 4096 (8 MB) 0.98, 1.01, 1.01 and 1.07; float 768 -> 2304 0.99, 1.00, 1.05 and 1.09,
 // 1024 -> 3072 (12 MB) 0.95, 0.91, 0.95 and 1.02.
 constexpr int64_t kManyRows = 1024, kWeightInCache = int64_t{8} << 20;
+// Bytes of a block of the input's columns from which dW's tiles that share it follow each other,
+// not those that share rows of dP. Rows' time over columns' at 1024, 2048 and 4096 rows: float 512
+// -> 2048 0.99, 1.02 and 1.07, 768 -> 3072 0.98, 1.02 and 1.06; bfloat16 the same to 2 %.
+constexpr int64_t kLargeColumns = int64_t{1} << 20;
 
 // Calls f with the activation's struct and whether it is gated, as an std::bool_constant.
 template <typename F>
@@ -402,11 +406,14 @@ void backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Ten
     if (wants_weight) {
       T* grad_weight_data = grad_weight.mutable_data_ptr<T>();
       const int64_t col_blocks = ceil_div(k, kBlockCols);
-      const int64_t tasks = ceil_div(n, kBlockRows<C>) * col_blocks;
+      const int64_t row_blocks = ceil_div(n, kBlockRows<C>);
+      const bool by_column = m * kBlockCols * int64_t{sizeof(C)} >= kLargeColumns;
       share_tasks(
-          tasks, std::min(n, kBlockRows<C>) * std::min(k, kBlockCols) * m, [&](int64_t task) {
-            const int64_t row0 = task / col_blocks * kBlockRows<C>,
-                          col0 = task % col_blocks * kBlockCols;
+          row_blocks * col_blocks, std::min(n, kBlockRows<C>) * std::min(k, kBlockCols) * m,
+          [&](int64_t task) {
+            const int64_t row0 =
+                (by_column ? task % row_blocks : task / col_blocks) * kBlockRows<C>;
+            const int64_t col0 = (by_column ? task / row_blocks : task % col_blocks) * kBlockCols;
             const int64_t rows = std::min(kBlockRows<C>, n - row0),
                           cols = std::min(kBlockCols, k - col0);
             alignas(64) A tile[kBlockRows<C> * kBlockCols];
