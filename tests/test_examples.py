@@ -249,20 +249,24 @@ def test_every_example_runs(monkeypatch, capfd):
         every.names()
     )
     assert not any(name.startswith("_") for name in every.names())
-    programs = {"good": 0, "absent": SKIPPED, "bad": 3}
+    assert set(every.ONLY_QUICK) <= set(every.names())
+    programs = {"good": 0, "absent": SKIPPED, "distributed": 0, "bad": 3}
+    given = ["--quick", "--out", "folder"]
 
     def python(command, **options):
-        assert command[:2] == [sys.executable, "-m"] and command[3:] == ["--quick"]
-        return _Ended(programs[command[2].removeprefix("examples.")])
+        name = command[2].removeprefix("examples.")
+        assert command[:2] == [sys.executable, "-m"]
+        assert command[3:] == (["--quick"] if name in every.ONLY_QUICK else given)
+        return _Ended(programs[name])
 
     monkeypatch.setattr(every, "names", lambda: list(programs))
     monkeypatch.setattr(every.subprocess, "run", python)
-    assert every.main(["--quick"]) == 1
+    assert every.main(given) == 1
     printed = capfd.readouterr().out
     for line in ("passed   good", "skipped  absent", "FAILED   bad"):
         assert line in printed
     del programs["bad"]
-    assert every.main(["--quick"]) == 0
+    assert every.main(given) == 0
 
 
 class _Ended:
