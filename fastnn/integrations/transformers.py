@@ -97,9 +97,11 @@ def attention_forward(
     if cache is not None or kwargs.get("output_attentions") or torch.jit.is_tracing():
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        # By name: from transformers 5.24 on, it has no parameter `cache`.
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias,
-            cache, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, **kwargs,
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, position_bias=position_bias, cache=cache,
+            sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, **kwargs,
         )  # fmt: skip
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     grouped = key.shape[1] != query.shape[1]
