@@ -4,10 +4,12 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +27,26 @@ def small_calls_stay_here(monkeypatch):
     monkeypatch.setattr("fastnn.attention._TORCH_UP_TO", 0)
     # The package's name for the module is the function's.
     monkeypatch.setattr(sys.modules["fastnn.linear_act"], "_TORCH_UP_TO", 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_products_are_torchs():
+    """Triton's interpreter takes numpy's products, and what BLAS that brings may sum in an order of
+    each shape's own, as with OPENBLAS_CORETYPE=Haswell: a forward's scores and its backward's are
+    then further apart than torch's whole error, as on no GPU."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        with _disable_current_modes(), torch.autocast("cpu", enabled=False):
+            product = (torch.from_numpy(a.data) @ torch.from_numpy(b.data)).numpy()
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -104,7 +104,7 @@ def attention_forward_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     if SINKS:
         sink = tl.load(sinks_ptr + b * stride_sb + h * stride_sh).to(tl.float32)
-        m = tl.zeros([BLOCK_M], tl.float32) + sink * (1.4426950408889634 if FOLD else 1.0)
+        m = tl.zeros([BLOCK_M], tl.float32) + sink
         l += tl.where(sink == float("-inf"), 0.0, 1.0)  # noqa: E741
         if SPLIT:  # the sink is in the first part
             m = tl.where(split == 0, m, float("-inf"))
@@ -151,7 +151,7 @@ def attention_forward_kernel(
                 # A row that has seen no key yet: -inf - -inf would be NaN.
                 subtract = tl.where(new_m == float("-inf"), 0.0, new_m)
             p = exponential(s, subtract[:, None], scale, FOLD)
-            correction = tl.exp2((m - subtract) * (1.0 if FOLD else 1.4426950408889634))
+            correction = tl.exp2((m - subtract) * 1.4426950408889634)
             l = l * correction + tl.sum(p, 1)  # noqa: E741
             m = new_m
             if DROPOUT:
@@ -176,8 +176,6 @@ def attention_forward_kernel(
     if DROPOUT:
         acc *= keep_scale
     acc = acc / tl.where(empty, 1.0, l)[:, None]
-    if FOLD:
-        m *= 0.6931471805599453
     lse = tl.where(empty, float("-inf"), m + tl.log(tl.where(empty, 1.0, l)))
     before = rows_before(b, h, heads, first_row, seq_q, PACKED)
     lse_ptr += row_origin + h * pitch

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from tritonops.attention_tile import (
     ADDITIVE_MASK,
-    LOG2E,
     UNSPECIALIZED,
     addressable,
     bias_sees,
@@ -45,7 +44,7 @@ from tritonops.philox import dropout_keep
 def attention_delta_kernel(
     grad_out_ptr, grad_lse_ptr, out_ptr, lse_ptr, delta_ptr, row_lse_ptr,
     stride_gb, stride_gh, stride_gs, stride_gd, stride_ob, stride_oh, stride_os, stride_od,
-    stride_lb, stride_lh, stride_ls, stride_eb, stride_eh, stride_es, heads, seq_q, lse_scale,
+    stride_lb, stride_lh, stride_ls, stride_eb, stride_eh, stride_es, heads, seq_q,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(seq_q, BLOCK_M)
@@ -72,7 +71,7 @@ def attention_delta_kernel(
     tl.store(delta_ptr + plane * seq_q + row, tl.where(empty, 0.0, delta), mask=inside)
     # Of a row with NaN, exp(S - lse) is infinite where it sees a key and 0 where it does not.
     sound = (tl.abs(delta) < float("inf")) & (lse < float("inf"))
-    row_lse = tl.where(sound, lse * lse_scale, -1e30)
+    row_lse = tl.where(sound, lse, -1e30)
     row_lse = tl.where(empty, float("inf"), row_lse)
     tl.store(row_lse_ptr + plane * seq_q + row, row_lse, mask=inside)
 
@@ -442,7 +441,7 @@ def _grad_mask(arguments, attn_mask, batch):
     return grad_mask
 
 
-def _deltas(grad_out, grad_lse, out, lse, fold):
+def _deltas(grad_out, grad_lse, out, lse):
     """delta and lse as the kernels take them, (B, H, Sq)."""
     batch, heads, seq_q, value_dim = grad_out.shape
     delta = lse.new_empty(lse.shape, dtype=torch.float32)
@@ -452,7 +451,6 @@ def _deltas(grad_out, grad_lse, out, lse, fold):
         attention_delta_kernel[(triton.cdiv(seq_q, DELTA_ROWS) * batch * heads,)](
             grad_out, grad_lse, out, lse, delta, row_lse,
             *grad_out.stride(), *out.stride(), *grad_lse_strides, *lse.stride(), heads, seq_q,
-            LOG2E if fold else 1.0,
             VALUE_DIM=value_dim,
             BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
             BLOCK_M=DELTA_ROWS,
@@ -503,7 +501,7 @@ def attention_backward(
         query, key, value, attn_mask, alibi_slopes, seed, dropout_p, scale, softcap,
         bottom_right, window_left, window_right,
     )  # fmt: skip
-    delta, row_lse = _deltas(grad_out, grad_lse, out, lse, arguments["FOLD"])
+    delta, row_lse = _deltas(grad_out, grad_lse, out, lse)
     arguments |= {
         "grad_out_ptr": grad_out, "delta_ptr": delta, "row_lse_ptr": row_lse,
         "stride_gb": grad_out.stride(0), "stride_gh": grad_out.stride(1),
@@ -533,7 +531,7 @@ def varlen_attention_backward(
     # Row by row, all of them are one sequence.
     delta, row_lse = _deltas(
         grad_out[None], None if grad_lse is None else grad_lse[None],
-        out.transpose(0, 1)[None], lse[None], arguments["FOLD"],
+        out.transpose(0, 1)[None], lse[None],
     )  # fmt: skip
     arguments |= {
         "grad_out_ptr": grad_out, "delta_ptr": delta, "row_lse_ptr": row_lse,
