@@ -66,16 +66,6 @@ inline Vectorized<A> where_seen(const Vectorized<A>& prob, const Vectorized<A>& 
   return Vectorized<A>::blendv(x, zero, prob == zero);
 }
 
-#if defined(CPU_CAPABILITY_AVX512)
-// Two vectors as bfloat16, `low` in the low half. Tiles of bfloat16 are of machines that have the
-// instruction, which the compiler is not told of.
-inline __m512i to_bf16(const __m512& low, const __m512& high) {
-  __m512i both;
-  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
-  return both;
-}
-#endif
-
 template <typename C, typename A>
 inline void store_two(C* p, const Vectorized<A>& low, const Vectorized<A>& high) {
 #if defined(CPU_CAPABILITY_AVX512)

@@ -12,7 +12,6 @@
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/native/CPUBlas.h>
-#include <cpuinfo.h>
 
 #include <cstring>
 #include <functional>
@@ -26,20 +25,11 @@ inline constexpr int64_t kPanel = 64;
 // Depth of one pass over a panel, which stays in cache while A's rows go by. The sums of a pass are
 // added up apart: short passes halve the rounding error of float sums, at 1 to 2 % of the time.
 template <typename C>
-inline constexpr int64_t kDepth = std::is_same_v<C, at::BFloat16> ? 512 : 128;
+inline constexpr int64_t kDepth = std::is_same_v<C, at::BFloat16> ? 1024 : 128;
 
 inline bool has_amx_bf16() {
   static const bool has = at::native::cpublas::could_pack(at::kBFloat16);
   return has;
-}
-
-inline bool has_avx512_bf16() {
-#if defined(CPU_CAPABILITY_AVX512)
-  static const bool has = cpuinfo_initialize() && cpuinfo_has_x86_avx512bf16();
-  return has;
-#else
-  return false;
-#endif
 }
 
 // Calls f with a value of the type in which tiles of T are multiplied on this machine.
@@ -50,7 +40,7 @@ inline auto visit_tile_type(const F& f) {
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
     if constexpr (std::is_same_v<T, at::BFloat16>) {
-      if (has_amx_bf16() || has_avx512_bf16()) return f(at::BFloat16{});
+      if (has_amx_bf16() || kHasAvx512Bf16) return f(at::BFloat16{});
     }
 #endif
     return f(float{});
