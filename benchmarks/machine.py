@@ -20,17 +20,20 @@ _ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTR
 _NOTED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
 
-def _cpu() -> tuple[str, list[str]]:
-    """The CPU's name and those of its instruction sets that kernels care about."""
-    name, flags = platform.processor() or platform.machine(), []
+def _cpu() -> tuple[str, str, list[str]]:
+    """The CPU's name, its generation, which a rented machine's name may leave out, and those of its
+    instruction sets that kernels care about."""
+    name, generation, flags = platform.processor() or platform.machine(), "", []
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         text = cpuinfo.read_text()
         if match := re.search(r"^model name\s*:\s*(.+)$", text, re.M):
             name = match[1].strip()
+        if match := re.search(r"^cpu family\s*:\s*(\d+)\nmodel\s*:\s*(\d+)", text, re.M):
+            generation = f"family {match[1]}, model {match[2]}"
         if match := re.search(r"^flags\s*:\s*(.+)$", text, re.M):
             flags = [flag for flag in _NOTED_FLAGS if flag in match[1].split()]
-    return name, flags
+    return name, generation, flags
 
 
 def _commit() -> str:
@@ -50,7 +53,7 @@ def _commit() -> str:
 
 
 def describe(device: torch.device) -> dict:
-    cpu, flags = _cpu()
+    cpu, generation, flags = _cpu()
     try:
         version = importlib.metadata.version("fastnn")
     except importlib.metadata.PackageNotFoundError:
@@ -59,6 +62,7 @@ def describe(device: torch.device) -> dict:
         "device": device.type,
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "cpu": cpu,
+        "cpu_generation": generation,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cpu_flags": flags,
         "environment": {name: os.environ[name] for name in _ISA_VARIABLES if name in os.environ},

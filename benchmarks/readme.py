@@ -92,8 +92,10 @@ def measured() -> str:
         also = "".join(
             f"; {held}: `{runs[held][0].relative_to(ROOT)}`" for held in beside
         )  # fmt: skip
+        generation = described.get("cpu_generation") if described["device"] == "cpu" else ""
         parts.append(
-            f"{described['name']} ({described['isa']}), {described['threads']} threads, torch"
+            f"{described['name']}{f' ({generation})' if generation else ''},"
+            f" {described['isa']}, {described['threads']} threads, torch"
             f" {described['torch']}, {described['date'][:10]} (`{path.relative_to(ROOT)}`{also})."
             " Times are medians of interleaved rounds; the ratio is eager's time over ours within"
             " a round, with the middle 60 % of the rounds; the floor is the bytes at the copy rate"
