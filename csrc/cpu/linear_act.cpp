@@ -9,10 +9,11 @@
 //   blocks in order: no result depends on the number of threads.
 // Numerics: float accumulation and epilogue (double for double); the pre-activation is rounded to
 //   the input's type only where it is saved. Dropout: csrc/philox.h.
-// Floor: the GEMMs at the peak of the FMAs (gemm.h). gelu 2048x768->3072 on two Zen 4 cores, the
-//   operators alone in a quiet run, forward and forward+backward: bfloat16 26 ms of 21 and 76 ms
-//   of 63, float 49 of 42 and 147 of 126; the rest is the tiles' own loss, packing, transposing,
-//   fresh pages and, in bfloat16 1.2 ms each way, gelu.
+// Floor: the GEMMs at the peak of the FMAs (gemm.h). gelu 2048x768->3072 on two Zen 5 cores, the
+//   operators alone in a quiet run, forward and forward+backward: bfloat16 10.8 ms of 8.9 and 32 ms
+//   of 27, float 22.5 of 18.4 and 68 of 55; the rest is gelu (1.1 ms each way), packing,
+//   transposing, fresh pages and the threads' end. Zen 4: 26 of 21 and 76 of 63, 49 of 42 and 147
+//   of 126.
 #include <array>
 #include <atomic>
 #include <string_view>
