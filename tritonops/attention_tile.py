@@ -164,8 +164,8 @@ def score_tile(
 @triton.jit
 def exponential(s, m, scale, FOLD: tl.constexpr):
     """exp of the score less m. To have log2(e) in `scale` would save a multiplication, and round m,
-    which is the maximum or the lse, otherwise than the scores: of scores about 200, dv had 4.6
-    times torch's error."""
+    which is the maximum or the lse, otherwise than the scores: of scores about 200, dv then has 1.6
+    times torch's error, else 1.0."""
     if FOLD:
         s = s * scale
     return tl.exp2((s - m) * 1.4426950408889634)
