@@ -50,7 +50,7 @@ constexpr int64_t kColumnTasks = 6;
 // 1024 -> 3072 (12 MB) 0.95, 0.91, 0.95 and 1.02.
 constexpr int64_t kManyRows = 1024, kWeightInCache = int64_t{8} << 20;
 // There tiles are twice as wide, for longer runs of fresh memory: bfloat16 768 -> 3072, 2048 rows,
-// 12.0 -> 11.3 ms on Zen 5, 1024 -> 4096 and 512 -> 2048 within 3 %, float even.
+// 11.3 -> 10.8 ms on Zen 5, 1024 -> 4096 and 512 -> 2048 within 3 %, float even.
 constexpr int64_t kWideCols = 2 * kBlockCols;
 // Bytes of a block of the input's columns from which dW's tiles that share it follow each other,
 // not those that share rows of dP. Rows' time over columns' at 1024, 2048 and 4096 rows: float 512

@@ -27,11 +27,7 @@ inline constexpr int64_t kLanes = AccVec<T>::size();
 #if defined(CPU_CAPABILITY_AVX512)
 // Not a function's static: the call behind its guard would spill the vectors of a loop.
 inline const bool kHasAvx512Bf16 = cpuinfo_initialize() && cpuinfo_has_x86_avx512bf16();
-#else
-inline constexpr bool kHasAvx512Bf16 = false;
-#endif
 
-#if defined(CPU_CAPABILITY_AVX512)
 // Two vectors, or one, as bfloat16, `low` in the low half, where kHasAvx512Bf16: an instruction
 // that the compiler is not told of, in place of eight. As oneDNN's, it takes denormals for 0.
 inline __m512i to_bf16(const __m512& low, const __m512& high) {
